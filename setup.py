@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pybind11
@@ -19,49 +20,32 @@ MSVC = sys.platform == "win32"
 X86 = platform.machine().lower() in ("x86_64", "amd64", "x64")
 ARM = platform.machine().lower() in ("aarch64", "arm64")
 
-# Instruction set -> flags for gcc and clang, flags for MSVC. Best last.
+# Instruction set -> (flags for gcc and clang, flags for MSVC).
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+MSVC_FMA = ["/D__FMA__", "/D__F16C__"]  # implied by /arch:AVX2, but MSVC does not define them
 X86_ISAS = {
     "baseline": ([], []),
-    "avx2": (AVX2, ["/arch:AVX2", "/D__FMA__", "/D__F16C__"]),
-    "avx512": (AVX512, ["/arch:AVX512", "/D__FMA__", "/D__F16C__"]),
-    "avx512bf16": (
-        [*AVX512, "-mavx512bf16"],
-        ["/arch:AVX512", "/D__FMA__", "/D__F16C__", "/D__AVX512BF16__"],
-    ),
+    "avx2": (AVX2, ["/arch:AVX2", *MSVC_FMA]),
+    "avx512": (AVX512, ["/arch:AVX512", *MSVC_FMA]),
+    "avx512bf16": ([*AVX512, "-mavx512bf16"], ["/arch:AVX512", *MSVC_FMA, "/D__AVX512BF16__"]),
 }
-ARM_ISAS = {"neon": ([], [])}
-ISAS = X86_ISAS if X86 else ARM_ISAS if ARM else {"baseline": ([], [])}
+ISAS = X86_ISAS if X86 else {"neon": ([], [])} if ARM else {"baseline": ([], [])}
+
+# Compiled once for any processor, and linked into every module: the binding.
+BINDING = "csrc/cpu/module.cpp"
+# Compiled once per instruction set, with its flags.
+KERNELS = sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp") if p.name != "module.cpp")
 
 COMMON = (
-    ["/O2", "/std:c++17", "/EHsc", "/fp:precise"]
+    ["/O2", "/std:c++17", "/EHsc"]
     if MSVC
     else ["-O3", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast", "-g0"]
 )
-
-
 SANITIZE = os.environ.get("FASTATTN_SANITIZE")  # for example "address,undefined"
 DEBUG = [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-g1"] if SANITIZE else []
 STRIP = [] if MSVC or sys.platform == "darwin" or SANITIZE else ["-s"]
 GIGABYTES_PER_JOB = 1.0
-
-
-def extensions() -> list[Extension]:
-    return [
-        Extension(
-            f"fastattn._cpu_{isa}",
-            sources=["csrc/cpu/module.cpp"],
-            include_dirs=["csrc/common", "csrc/cpu", pybind11.get_include()],
-            define_macros=[("FASTATTN_MODULE", f"_cpu_{isa}"), ("FASTATTN_ISA", f'"{isa}"')],
-            extra_compile_args=COMMON + flags[MSVC] + DEBUG,
-            extra_link_args=DEBUG + STRIP,
-            depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
-            language="c++",
-            optional=True,  # a compiler too old for one instruction set still builds the others
-        )
-        for isa, flags in ISAS.items()
-    ]
 
 
 def jobs() -> int:
@@ -77,48 +61,78 @@ def jobs() -> int:
 class BuildExtensions(build_ext):
     """Builds what the compiler can, and leaves a record of it in fastattn/_build_info.py."""
 
-    def finalize_options(self) -> None:
-        super().finalize_options()
-        self.parallel = self.parallel or jobs()
-
-    def run(self) -> None:
+    def build_extensions(self) -> None:
         self.reason = "" if self.compiler_works() else "no C++ compiler at install"
         if self.reason:
             print(f"fastattn: {self.reason}; every call will use the reference backend")
             self.extensions = []
-        super().run()
+        else:
+            self.compile_all()
         self.write_build_info()
 
     def compiler_works(self) -> bool:
-        compiler = new_compiler(compiler=self.compiler)
-        customize_compiler(compiler)
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "probe.cpp")
             source.write_text("#include <thread>\nint main() { return 0; }\n")
             try:
-                compiler.compile([str(source)], output_dir=folder, extra_postargs=COMMON)
+                self.compiler.compile([str(source)], output_dir=folder, extra_postargs=COMMON)
             except (CCompilerError, ExecError, PlatformError, OSError) as error:
                 print(f"fastattn: the compiler failed its probe: {error}")
                 return False
         return True
 
-    def write_build_info(self) -> None:
-        root = Path(".") if self.inplace else Path(self.build_lib)
-        built = [
-            ext.name.removeprefix("fastattn._cpu_")
-            for ext in self.extensions
-            if Path(self.get_ext_fullpath(ext.name)).exists()
-        ]
-        reason = self.reason or ("" if built else "the C++ compiler could not build any extension")
-        compiler = getattr(self.compiler, "compiler_cxx", None) or getattr(
-            self.compiler, "compiler", []
+    def compile_all(self) -> None:
+        # One pool over every object of every module keeps all cores busy to the end.
+        with ThreadPoolExecutor(self.parallel or jobs()) as pool:
+            binding = pool.submit(self.compile, BINDING, "any", [])
+            objects = {
+                ext: [pool.submit(self.compile, s, isa, flags[MSVC]) for s in KERNELS]
+                for ext, (isa, flags) in zip(self.extensions, ISAS.items(), strict=True)
+            }
+            built = []
+            for ext, pending in objects.items():
+                try:
+                    self.link(ext, [p.result() for p in [binding, *pending]])
+                    built.append(ext)
+                except (CCompilerError, ExecError) as error:
+                    # A compiler too old for one instruction set still builds the others.
+                    print(f"fastattn: {ext.name} was not built: {error}")
+            self.extensions = built
+
+    def compile(self, source: str, isa: str, flags: list[str]) -> str:
+        (built,) = self.compiler.compile(
+            [source],
+            output_dir=os.path.join(self.build_temp, isa),
+            include_dirs=["csrc/common", "csrc/cpu", pybind11.get_include()],
+            macros=[("FASTATTN_ISA", f'"{isa}"')],
+            extra_postargs=COMMON + flags + DEBUG,
         )
-        info = root / "fastattn" / "_build_info.py"
+        return built
+
+    def link(self, ext: Extension, objects: list[str]) -> None:
+        target = self.get_ext_fullpath(ext.name)
+        self.compiler.link_shared_object(
+            objects,
+            target,
+            extra_postargs=DEBUG + STRIP,
+            export_symbols=self.get_export_symbols(ext),
+            build_temp=self.build_temp,
+            target_lang="c++",
+        )
+
+    def write_build_info(self) -> None:
+        names = [ext.name.removeprefix("fastattn._cpu_") for ext in self.extensions]
+        reason = self.reason or ("" if names else "the C++ compiler could not build any extension")
+        compiler = getattr(self.compiler, "compiler_cxx", None) or ["msvc"]
+        info = Path("" if self.inplace else self.build_lib, "fastattn", "_build_info.py")
         info.parent.mkdir(parents=True, exist_ok=True)
         info.write_text(
             '"""Written by setup.py: what the install built."""\n\n'
-            f"CPU_ISAS = {built!r}\nREASON = {reason!r}\nCOMPILER = {' '.join(compiler)!r}\n"
+            f"CPU_ISAS = {names!r}\nREASON = {reason!r}\nCOMPILER = {compiler[0]!r}\n"
         )
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtensions})
+setup(
+    ext_modules=[Extension(f"fastattn._cpu_{isa}", [BINDING, *KERNELS]) for isa in ISAS],
+    cmdclass={"build_ext": BuildExtensions},
+)
