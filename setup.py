@@ -85,12 +85,12 @@ class BuildExtensions(build_ext):
         # One pool over every object of every module keeps all cores busy to the end.
         with ThreadPoolExecutor(self.parallel or jobs()) as pool:
             binding = pool.submit(self.compile, BINDING, "any", [])
-            objects = {
-                ext: [pool.submit(self.compile, s, isa, flags[MSVC]) for s in KERNELS]
-                for ext, (isa, flags) in zip(self.extensions, ISAS.items(), strict=True)
-            }
+            kernels = [
+                [pool.submit(self.compile, source, isa, flags[MSVC]) for source in KERNELS]
+                for isa, flags in ISAS.items()
+            ]
             built = []
-            for ext, pending in objects.items():
+            for ext, pending in zip(self.extensions, kernels, strict=True):
                 try:
                     self.link(ext, [p.result() for p in [binding, *pending]])
                     built.append(ext)
