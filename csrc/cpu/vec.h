@@ -201,6 +201,20 @@ FASTATTN_INLINE A hmax(Vec<A> a) {  // NaN if any lane is NaN
   FASTATTN_LANES r = (r > a.lane[i] || r != r) ? r : a.lane[i];
   return r;
 }
+template <typename A>
+FASTATTN_INLINE A hmax_any(Vec<A> a) {  // unspecified if any lane is NaN
+  A r = a.lane[0];
+  FASTATTN_LANES r = r > a.lane[i] ? r : a.lane[i];
+  return r;
+}
+template <typename A>
+FASTATTN_INLINE void transpose(Vec<A> (&r)[Vec<A>::kWidth]) {
+  FASTATTN_LANES for (int j = 0; j < i; ++j) {
+    const A x = r[i].lane[j];
+    r[i].lane[j] = r[j].lane[i];
+    r[j].lane[i] = x;
+  }
+}
 // 2^x, to 2e-7 in float; 0 below the smallest normal, inf above the largest, NaN for NaN.
 FASTATTN_INLINE Vec<double> exp2(Vec<double> x) {
   for (int i = 0; i < Vec<double>::kWidth; ++i) x.lane[i] = std::exp2(x.lane[i]);
@@ -329,6 +343,28 @@ FASTATTN_INLINE float hsum(VecF a) {
   r = _mm_add_ps(r, _mm_movehl_ps(r, r));
   return _mm_cvtss_f32(_mm_add_ss(r, _mm_movehdup_ps(r)));
 }
+FASTATTN_INLINE void transpose(VecF (&r)[8]) {
+  __m256 a[8], b[8];
+  for (int i = 0; i < 4; ++i) {
+    a[2 * i] = _mm256_unpacklo_ps(r[2 * i].v, r[2 * i + 1].v);
+    a[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i].v, r[2 * i + 1].v);
+  }
+  for (int i = 0; i < 2; ++i) {
+    b[4 * i] = _mm256_shuffle_ps(a[4 * i], a[4 * i + 2], 0x44);
+    b[4 * i + 1] = _mm256_shuffle_ps(a[4 * i], a[4 * i + 2], 0xee);
+    b[4 * i + 2] = _mm256_shuffle_ps(a[4 * i + 1], a[4 * i + 3], 0x44);
+    b[4 * i + 3] = _mm256_shuffle_ps(a[4 * i + 1], a[4 * i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i].v = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
+    r[i + 4].v = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+  }
+}
+FASTATTN_INLINE float hmax_any(VecF a) {
+  __m128 r = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  r = _mm_max_ps(r, _mm_movehl_ps(r, r));
+  return _mm_cvtss_f32(_mm_max_ss(r, _mm_movehdup_ps(r)));
+}
 FASTATTN_INLINE VecF exp2(VecF x) {
   // The bounds come first: NaN passes through.
   const __m256 c =
@@ -439,6 +475,31 @@ FASTATTN_INLINE VecF select(VecMask<float> m, VecF yes, VecF no) {
 }
 FASTATTN_INLINE VecF vabs(VecF a) { return {_mm512_abs_ps(a.v)}; }
 FASTATTN_INLINE float hsum(VecF a) { return _mm512_reduce_add_ps(a.v); }
+FASTATTN_INLINE void transpose(VecF (&r)[16]) {
+  __m512 a[16], b[16];
+  for (int i = 0; i < 8; ++i) {
+    a[2 * i] = _mm512_unpacklo_ps(r[2 * i].v, r[2 * i + 1].v);
+    a[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i].v, r[2 * i + 1].v);
+  }
+  for (int i = 0; i < 4; ++i) {
+    b[4 * i] = _mm512_shuffle_ps(a[4 * i], a[4 * i + 2], 0x44);
+    b[4 * i + 1] = _mm512_shuffle_ps(a[4 * i], a[4 * i + 2], 0xee);
+    b[4 * i + 2] = _mm512_shuffle_ps(a[4 * i + 1], a[4 * i + 3], 0x44);
+    b[4 * i + 3] = _mm512_shuffle_ps(a[4 * i + 1], a[4 * i + 3], 0xee);
+  }
+  // b[4 g + c] holds, in its 128-bit lane l, column 4 l + c of rows 4 g to 4 g + 3.
+  for (int c = 0; c < 4; ++c) {
+    const __m512 lo01 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0x44);
+    const __m512 hi01 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0xee);
+    const __m512 lo23 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0x44);
+    const __m512 hi23 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0xee);
+    r[c].v = _mm512_shuffle_f32x4(lo01, lo23, 0x88);
+    r[4 + c].v = _mm512_shuffle_f32x4(lo01, lo23, 0xdd);
+    r[8 + c].v = _mm512_shuffle_f32x4(hi01, hi23, 0x88);
+    r[12 + c].v = _mm512_shuffle_f32x4(hi01, hi23, 0xdd);
+  }
+}
+FASTATTN_INLINE float hmax_any(VecF a) { return _mm512_reduce_max_ps(a.v); }
 FASTATTN_INLINE VecF exp2(VecF x) {
   const __m512 c =
       _mm512_max_ps(_mm512_set1_ps(-127.0f), _mm512_min_ps(_mm512_set1_ps(128.0f), x.v));
@@ -530,6 +591,14 @@ FASTATTN_INLINE VecF select(VecMask<float> m, VecF yes, VecF no) {
 }
 FASTATTN_INLINE VecF vabs(VecF a) { return {vabsq_f32(a.v)}; }
 FASTATTN_INLINE float hsum(VecF a) { return vaddvq_f32(a.v); }
+FASTATTN_INLINE void transpose(VecF (&r)[4]) {
+  const float32x4x2_t a = vtrnq_f32(r[0].v, r[1].v), b = vtrnq_f32(r[2].v, r[3].v);
+  r[0].v = vcombine_f32(vget_low_f32(a.val[0]), vget_low_f32(b.val[0]));
+  r[1].v = vcombine_f32(vget_low_f32(a.val[1]), vget_low_f32(b.val[1]));
+  r[2].v = vcombine_f32(vget_high_f32(a.val[0]), vget_high_f32(b.val[0]));
+  r[3].v = vcombine_f32(vget_high_f32(a.val[1]), vget_high_f32(b.val[1]));
+}
+FASTATTN_INLINE float hmax_any(VecF a) { return vmaxvq_f32(a.v); }
 FASTATTN_INLINE VecF exp2(VecF x) {
   const VecF c = vmax(set1(-127.0f), vmin(set1(128.0f), x));
   const float32x4_t whole = vrndnq_f32(c.v);
