@@ -184,7 +184,7 @@ class Partials {
   }
 
  private:
-  static constexpr int kFlush = 32;
+  static constexpr int kFlush = 16;
   int64_t n_;
   std::unique_ptr<A[]> sums_;
   int pending_ = 0;
@@ -221,10 +221,6 @@ void backward_sums(BackwardRow<T>* rows, const Acc<T>* weight, Acc<T>* dweight, 
                      const int64_t j = begin + i;
                      const Vec<A> w = lanes.load(weight + j);
                      Vec<A> dw = zero<A>(), db = zero<A>();
-                     if (kPartials) {
-                       dw = lanes.load(dweight + j);
-                       db = lanes.load(dbias + j);
-                     }
 #pragma GCC unroll 4
                      for (int r = 0; r < kRows; ++r) {
                        const Vec<A> up = lanes.load(dy[r] + j);
@@ -238,8 +234,8 @@ void backward_sums(BackwardRow<T>* rows, const Acc<T>* weight, Acc<T>* dweight, 
                        }
                      }
                      if (kPartials) {
-                       lanes.store(dweight + j, dw);
-                       lanes.store(dbias + j, db);
+                       lanes.store(dweight + j, lanes.load(dweight + j) + dw);
+                       lanes.store(dbias + j, lanes.load(dbias + j) + db);
                      }
                    });
     for (int r = 0; r < kRows; ++r) {
@@ -260,14 +256,14 @@ void backward_row(const BackwardRow<T>& row, const LayerNormParams& p, const Lay
   const int64_t n = p.width;
   const double rstd = row.rstd;
   const Vec<A> mean = set1(row.mean), scale = set1(row.rstd);
-  const Vec<A> shift = set1(p.rms ? A(0) : A(-rstd * row.sum_g / double(n)));
+  const Vec<A> mean_g = set1(p.rms ? A(0) : A(row.sum_g / double(n)));
   const Vec<A> slope = set1(A(-rstd * rstd * rstd * row.sum_gd / double(n)));
   const auto through_norm = [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
     prefetch(next.x + j);
     prefetch(next.dy + j);
     const Vec<A> g = lanes.load(row.dy + j) * lanes.load(weight + j);
     const Vec<A> d = lanes.load(row.x + j) - mean;
-    return fma(g, scale, fma(d, slope, shift));
+    return fma(d, slope, (g - mean_g) * scale);
   };
   T* dx = grads.dx ? static_cast<T*>(grads.dx) + index * n : nullptr;
   T* dresidual = grads.dresidual ? static_cast<T*>(grads.dresidual) + index * n : nullptr;

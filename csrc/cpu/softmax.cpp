@@ -227,15 +227,36 @@ void backward_rows(const SoftmaxGrads& p) {
 
 // Columns that one task takes together: whole cache lines, and few enough for their scores to stay
 // in the second-level cache.
+constexpr int64_t kMaxColumns = 256;
+
 inline int64_t columns_at_once(int64_t width, int64_t inner) {
-  constexpr int64_t kMin = 32, kMax = 256;
-  return std::min(inner, std::clamp(kKeptScores / width / kMin * kMin, kMin, kMax));
+  constexpr int64_t kMin = 32;
+  return std::min(inner, std::clamp(kKeptScores / width / kMin * kMin, kMin, kMaxColumns));
 }
+
+// Sums of columns over two levels, so that thousands of terms do not add up their rounding.
+template <typename A>
+struct ColumnSums {
+  static constexpr int64_t kRun = 64;
+  A recent[kMaxColumns], total[kMaxColumns];
+
+  void clear(int64_t count) {
+    std::fill_n(recent, count, A(0));
+    std::fill_n(total, count, A(0));
+  }
+  // Between rows d of `n`.
+  void added(int64_t d, int64_t n, int64_t count) {
+    if (d % kRun != kRun - 1 && d != n - 1) return;
+    for (int64_t j = 0; j < count; ++j) {
+      total[j] += recent[j];
+      recent[j] = 0;
+    }
+  }
+};
 
 template <typename In, typename Out, MaskKind kMask>
 void forward_columns(const SoftmaxParams& p) {
   using A = Acc<In>;
-  constexpr int64_t kMax = 256;
   const int64_t n = p.width, at_once = columns_at_once(n, p.inner);
   const int64_t blocks = (p.inner + at_once - 1) / at_once, rows = p.rows.count();
   const int64_t bytes = rows * n * p.inner * int64_t(sizeof(Out));
@@ -244,9 +265,10 @@ void forward_columns(const SoftmaxParams& p) {
   const int threads = useful_threads(p.threads, rows * n * p.inner);
   parallel_static(rows * blocks, threads, [&](int64_t begin, int64_t end, int) {
     const std::unique_ptr<A[]> kept = scratch<A>(keep ? n * at_once : at_once);
-    MaskRun<A> mask_run(p, kMax);
+    MaskRun<A> mask_run(p, kMaxColumns);
     const Vec<A> scale = set1(A(p.scale));
-    A maximum[kMax], base[kMax], total[kMax], factor[kMax];
+    A maximum[kMaxColumns], base[kMaxColumns], factor[kMaxColumns];
+    ColumnSums<A> sum;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t row = task / blocks, column = task % blocks * at_once;
       const int64_t count = std::min(at_once, p.inner - column);
@@ -267,7 +289,7 @@ void forward_columns(const SoftmaxParams& p) {
       };
 
       std::fill_n(maximum, count, -kInfinity<A>);
-      std::fill_n(total, count, A(0));
+      sum.clear(count);
       for (int64_t d = 0; d < n; ++d) {
         load_scores(d);
         const A* s = scores(d);
@@ -282,16 +304,17 @@ void forward_columns(const SoftmaxParams& p) {
         each_vector<A>(count, [&](auto, int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
           const Vec<A> e = exp_of(lanes.load(s + j) - lanes.load(base + j));
           if (!p.log) lanes.store(s + j, e);
-          lanes.store(total + j, lanes.load(total + j) + e);
+          lanes.store(sum.recent + j, lanes.load(sum.recent + j) + e);
         });
+        sum.added(d, n, count);
       }
       // The last sweep: log ? (s - base) - factor : e factor, with exceptions for columns of -inf.
       for (int64_t j = 0; j < count; ++j) {
-        const bool empty = maximum[j] == -kInfinity<A> && total[j] == 0;
+        const bool empty = maximum[j] == -kInfinity<A> && sum.total[j] == 0;
         if (p.log)
-          factor[j] = empty ? (kMask != MaskKind::kNone ? A(0) : kNaN<A>) : std::log(total[j]);
+          factor[j] = empty ? (kMask != MaskKind::kNone ? A(0) : kNaN<A>) : std::log(sum.total[j]);
         else
-          factor[j] = empty ? (kMask != MaskKind::kNone ? A(0) : kNaN<A>) : 1 / total[j];
+          factor[j] = empty ? (kMask != MaskKind::kNone ? A(0) : kNaN<A>) : 1 / sum.total[j];
       }
       for (int64_t d = 0; d < n; ++d) {
         if (!keep) load_scores(d);
@@ -311,7 +334,6 @@ void forward_columns(const SoftmaxParams& p) {
 template <typename T, typename Dx, bool kLog>
 void backward_columns(const SoftmaxGrads& p) {
   using A = Acc<T>;
-  constexpr int64_t kMax = 256;
   const int64_t n = p.width, at_once = columns_at_once(n, p.inner);
   const int64_t blocks = (p.inner + at_once - 1) / at_once, rows = p.rows.count();
   const int64_t bytes = rows * n * p.inner * int64_t(sizeof(Dx));
@@ -319,27 +341,28 @@ void backward_columns(const SoftmaxGrads& p) {
   const int threads = useful_threads(p.threads, rows * n * p.inner);
   parallel_static(rows * blocks, threads, [&](int64_t begin, int64_t end, int) {
     const Vec<A> scale = set1(A(p.scale)), masked = set1(-kInfinity<A>);
-    A total[kMax];
+    ColumnSums<A> dot;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t row = task / blocks, column = task % blocks * at_once;
       const int64_t count = std::min(at_once, p.inner - column);
       const T* y = static_cast<const T*>(p.y.data) + p.rows.offset(row, p.y) + column;
       const T* dy = static_cast<const T*>(p.dy.data) + p.rows.offset(row, p.dy) + column;
       Dx* dx = static_cast<Dx*>(p.dx) + row * n * p.inner + column;
-      std::fill_n(total, count, A(0));
+      dot.clear(count);
       for (int64_t d = 0; d < n; ++d) {
         const T *v = y + d * p.y.stride[3], *up = dy + d * p.dy.stride[3];
         each_vector<A>(count, [&](auto, int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
-          const Vec<A> sum = lanes.load(total + j), g = lanes.load(up + j);
-          lanes.store(total + j, kLog ? sum + g : fma(lanes.load(v + j), g, sum));
+          const Vec<A> sum = lanes.load(dot.recent + j), g = lanes.load(up + j);
+          lanes.store(dot.recent + j, kLog ? sum + g : fma(lanes.load(v + j), g, sum));
         });
+        dot.added(d, n, count);
       }
       for (int64_t d = 0; d < n; ++d) {
         const T *v = y + d * p.y.stride[3], *up = dy + d * p.dy.stride[3];
         write_row(dx + d * p.inner, count, false, [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
-          const Vec<A> out = lanes.load(v + j), g = lanes.load(up + j), dot = lanes.load(total + j);
-          if constexpr (!kLog) return out * scale * (g - dot);
-          const Vec<A> gradient = scale * (g - exp_of(out) * dot);
+          const Vec<A> out = lanes.load(v + j), g = lanes.load(up + j), total = lanes.load(dot.total + j);
+          if constexpr (!kLog) return out * scale * (g - total);
+          const Vec<A> gradient = scale * (g - exp_of(out) * total);
           return select(equal(out, masked), zero<A>(), gradient);
         });
       }
