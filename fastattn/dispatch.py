@@ -51,8 +51,7 @@ def refusals(backend: Backend, request: Request) -> list[str]:
 
 def _report(request: Request) -> str:
     return "\n".join(
-        f"{backend.name}: {'; '.join(refusals(backend, request))}"
-        for backend in BACKENDS.values()
+        f"{backend.name}: {'; '.join(refusals(backend, request))}" for backend in BACKENDS.values()
     )
 
 
@@ -62,7 +61,7 @@ class Explanation(NamedTuple):
     backend: str
     reasons: dict[str, list[str]]  # of every known backend; empty: it could serve the call
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         lines = [f"{self.backend} serves this call"]
         for name, reasons in self.reasons.items():
             detail = BACKENDS[name].detail()
@@ -71,8 +70,6 @@ class Explanation(NamedTuple):
                 verdict = f"{verdict} ({detail})"
             lines.append(f"{name}: {verdict}")
         return "\n".join(lines)
-
-    __repr__ = __str__
 
 
 def explain(name: str | None, request: Request) -> Explanation:

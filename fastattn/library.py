@@ -80,9 +80,7 @@ def register_autograd(op: Any, differentiable: Callable[..., Any]) -> None:
 def in_plain_eager() -> bool:
     """No compiler and no functorch transform is looking: an autograd.Function may be applied
     directly, which spares the way through the op's autograd kernel."""
-    return not (
-        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    )
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
 
 
 # -------------------------------------------------------------------------------------- attention

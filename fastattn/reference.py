@@ -65,9 +65,7 @@ def attention_dropout_keep(
         shape[dim] = n
         return torch.arange(n, device=seed.device).view(shape)
 
-    words = philox(
-        seed, axis((k_len + 3) // 4, 3), axis(q_len, 2), axis(heads, 1), axis(batch, 0)
-    )
+    words = philox(seed, axis((k_len + 3) // 4, 3), axis(q_len, 2), axis(heads, 1), axis(batch, 0))
     return _keep(words, k_len, p)
 
 
@@ -191,9 +189,7 @@ def alibi_distance(shift: int, q_len: int, k_len: int, like: Tensor) -> Tensor:
     return (i + shift - j).abs().to(like.dtype)
 
 
-def _softmax_with_sink(
-    s: Tensor, sinks: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def _softmax_with_sink(s: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """(p, lse, p_sink): a sink is one more key of each row, with this logit and no value. A row
     without any key has p = 0 and lse = -inf."""
     k_len = s.shape[-1]
@@ -210,9 +206,7 @@ def _attention_keep(call: AttentionCall) -> Tensor | None:
     if call.dropout_p == 0.0 or call.seed is None:
         return None
     batch, heads, q_len, _ = call.q.shape
-    return attention_dropout_keep(
-        call.seed, call.dropout_p, batch, heads, q_len, call.k.shape[2]
-    )
+    return attention_dropout_keep(call.seed, call.dropout_p, batch, heads, q_len, call.k.shape[2])
 
 
 def _matmul(a: Tensor, b: Tensor, visible: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ was expected, what came.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -98,16 +99,10 @@ class AttentionSpec(NamedTuple):
         batch, heads, q_len, head_dim = q.shape
         k_len = k.shape[2]
 
-        if scale is None:
-            scale = 1.0 / math.sqrt(head_dim)
-        else:
-            scale = check_number("scale", scale)
-        if softcap is None:
-            softcap = 0.0
-        else:
-            softcap = check_number("softcap", softcap)
-            if softcap < 0:
-                raise ValueError(f"softcap: expected None or a number >= 0 (0: off), got {softcap}")
+        scale = 1.0 / math.sqrt(head_dim) if scale is None else check_number("scale", scale)
+        softcap = 0.0 if softcap is None else check_number("softcap", softcap)
+        if softcap < 0:
+            raise ValueError(f"softcap: expected None or a number >= 0 (0: off), got {softcap}")
         dropout_p = check_dropout(dropout_p)
         if deterministic is not None and not isinstance(deterministic, bool):
             raise TypeError(f"deterministic: expected None or a bool, got {_got(deterministic)}")
@@ -194,20 +189,14 @@ def _check_bias(name: str, bias: Any, q: Tensor, full: tuple[int, ...]) -> None:
         raise TypeError(f"{name}: expected bool, float32 or {q.dtype}, got {bias.dtype}")
     if bias.device != q.device:
         raise ValueError(f"{name}: expected device {q.device}, got {bias.device}")
-    sizes = bias.shape
-    bad = len(sizes) > 4
-    for size, whole in zip(reversed(sizes), reversed(full)):
-        bad = bad or (size != 1 and size != whole)
-    if bad:
+    if not broadcasts(bias.shape, full):
         raise ValueError(
             f"{name}: expected a shape that broadcasts to (batch, heads, q_len, k_len) = "
-            f"{tuple(full)}, got {tuple(sizes)}"
+            f"{tuple(full)}, got {tuple(bias.shape)}"
         )
 
 
-def _check_per_head(
-    name: str, x: Any, q: Tensor, shapes: tuple[tuple[int, ...], ...]
-) -> None:
+def _check_per_head(name: str, x: Any, q: Tensor, shapes: tuple[tuple[int, ...], ...]) -> None:
     check_tensor(name, x)
     if not x.dtype.is_floating_point:
         raise TypeError(f"{name}: expected a floating-point dtype, got {x.dtype}")
@@ -232,11 +221,15 @@ def check_dtype(name: str, x: Tensor) -> None:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {x.dtype}")
 
 
+def broadcasts(shape: Sequence[int], full: Sequence[int]) -> bool:
+    """Whether a tensor of ``shape`` expands to ``full``."""
+    pairs = zip(reversed(shape), reversed(full), strict=False)
+    return len(shape) <= len(full) and all(n == 1 or n == whole for n, whole in pairs)
+
+
 def check_number(name: str, value: Any) -> float:
     """``value`` as a finite float, or a TypeError or ValueError that names it."""
-    if isinstance(value, bool) or not isinstance(
-        value, (int, float, torch.SymInt, torch.SymFloat)
-    ):
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name}: expected a number, got {_got(value)}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name}: expected a finite number, got {value}")

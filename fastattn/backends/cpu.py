@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -22,13 +23,15 @@ def load_extension() -> tuple[ModuleType | None, str, str]:
     """
     try:
         build_info = importlib.import_module("fastattn._build_info")
-        built, reason = tuple(build_info.CPU_ISAS), str(build_info.REASON)
+        reason = str(build_info.REASON)
+        built = [isa for isa in build_info.CPU_ISAS if find_spec(f"fastattn._cpu_{isa}")]
     except ModuleNotFoundError:
-        built, reason = (), "not built: run pip install ."
+        built, reason = [], ""
 
     wanted = os.environ.get("FASTATTN_CPU_ISA", "")
     if wanted and wanted not in ISAS:
         raise ImportError(f"FASTATTN_CPU_ISA={wanted!r}: expected one of {', '.join(ISAS)}")
+    reason = reason or ("" if built else "not built: run pip install .")
     if wanted and wanted not in built:
         have = ", ".join(built) or f"none ({reason})"
         raise ImportError(f"FASTATTN_CPU_ISA={wanted!r} was not built; what was built: {have}")

@@ -38,8 +38,7 @@ class ReferenceBackend(Backend):
     ) -> tuple[Tensor | None, ...]:
         dq, dk, dv, dbias, dsinks = reference.attention_backward(call, dout, dlse)
         laid_out = (
-            torch.empty_like(x).copy_(dx)
-            for x, dx in ((call.q, dq), (call.k, dk), (call.v, dv))
+            torch.empty_like(x).copy_(dx) for x, dx in ((call.q, dq), (call.k, dk), (call.v, dv))
         )
         return _asked((*laid_out, dbias, dsinks), needs)
 

@@ -179,25 +179,36 @@ def _attention(
     needs_grad = _needs_grad(q, k, v, bias, alibi_slopes, sinks)
     request = _request(q, k, v, bias, alibi_slopes, sinks, spec, deterministic, needs_grad)
     chosen = dispatch.select(backend, request).name
-    mask, scale, softcap, dropout_p = spec
-
-    if alibi_slopes is not None:
-        alibi_slopes = alibi_slopes.to(statistics_dtype(q.dtype))
-        if needs_grad and alibi_slopes.requires_grad:  # rare: no kernel has their gradient
-            bias, alibi_slopes = _alibi_as_bias(alibi_slopes, bias, mask.shift, q, k), None
-    if sinks is not None:
-        sinks = sinks.to(statistics_dtype(q.dtype)).contiguous()
-    if bias is not None and needs_grad and bias.requires_grad and _overlaps(bias):
-        bias = bias.contiguous()  # expanded by the caller: each element has a gradient of its own
-    seed = torch.randint(2**63 - 1, (), device=q.device) if dropout_p > 0.0 else None
-
-    arguments = (q, k, v, bias, alibi_slopes, sinks, seed, scale, softcap, *mask, dropout_p, chosen)
+    arguments = (*op_arguments(q, k, v, bias, alibi_slopes, sinks, spec), chosen)
     if not library.in_plain_eager():
         return library.attention_forward(*arguments)
     if needs_grad:
         return AttentionFunction.apply(*arguments)
     with library.below_autograd():
         return library.attention_forward(*arguments)
+
+
+def op_arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    spec: AttentionSpec,
+) -> tuple[Any, ...]:
+    """The arguments of ``torch.ops.fastattn.attention_forward``, without its backend."""
+    mask, scale, softcap, dropout_p = spec
+    if alibi_slopes is not None:
+        alibi_slopes = alibi_slopes.to(statistics_dtype(q.dtype))
+        if _needs_grad(alibi_slopes):  # rare: no kernel has their gradient
+            bias, alibi_slopes = _alibi_as_bias(alibi_slopes, bias, mask.shift, q, k), None
+    if sinks is not None:
+        sinks = sinks.to(statistics_dtype(q.dtype)).contiguous()
+    if bias is not None and _needs_grad(bias) and _overlaps(bias):
+        bias = bias.contiguous()  # expanded by the caller: each element has a gradient of its own
+    seed = torch.randint(2**63 - 1, (), device=q.device) if dropout_p > 0.0 else None
+    return q, k, v, bias, alibi_slopes, sinks, seed, scale, softcap, *mask, dropout_p
 
 
 class AttentionFunction(torch.autograd.Function):
@@ -324,9 +335,7 @@ def _is_float32(x: Any) -> bool:
     return isinstance(x, Tensor) and x.dtype is torch.float32
 
 
-def _alibi_as_bias(
-    slopes: Tensor, bias: Tensor | None, shift: int, q: Tensor, k: Tensor
-) -> Tensor:
+def _alibi_as_bias(slopes: Tensor, bias: Tensor | None, shift: int, q: Tensor, k: Tensor) -> Tensor:
     distance = reference.alibi_distance(shift, q.shape[2], k.shape[2], slopes)
     penalty = -slopes[..., None, None] * distance  # (H, Sq, Sk) or (B, H, Sq, Sk)
     if bias is None:

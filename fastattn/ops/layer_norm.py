@@ -236,9 +236,7 @@ library.register_autograd(library.layer_norm_backward, _differentiable_backward)
 # ------------------------------------------------------------------------------------- the details
 
 
-def _check(
-    name: str, x: Any, normalized_shape: Any, weight: Any, bias: Any
-) -> int:
+def _check(name: str, x: Any, normalized_shape: Any, weight: Any, bias: Any) -> int:
     """How many numbers are normalised together, once all is found sound."""
     check_tensor(name, x)
     check_dtype(name, x)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import dispatch, library, reference
 from ..dispatch import Request
-from ..spec import DTYPES, check_number, check_tensor
+from ..spec import DTYPES, broadcasts, check_number, check_tensor
 
 
 def softmax(
@@ -166,10 +166,7 @@ def _check_mask(mask: Any, x: Tensor, dtype: torch.dtype) -> None:
         raise TypeError(f"mask: expected bool, float32 or {dtype}, got {mask.dtype}")
     if mask.device != x.device:
         raise ValueError(f"mask: expected device {x.device}, got {mask.device}")
-    sizes, full = mask.shape, x.shape
-    if len(sizes) > len(full) or any(
-        size != 1 and size != whole for size, whole in zip(reversed(sizes), reversed(full))
-    ):
+    if not broadcasts(mask.shape, x.shape):
         raise ValueError(
-            f"mask: expected a shape that broadcasts to {tuple(full)}, got {tuple(sizes)}"
+            f"mask: expected a shape that broadcasts to {tuple(x.shape)}, got {tuple(mask.shape)}"
         )
