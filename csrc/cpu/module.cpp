@@ -165,6 +165,11 @@ void bind(py::module_& m) {
   m.def("layer_norm_backward", &bind_layer_norm_backward);
   m.def("softmax_forward", &bind_softmax_forward);
   m.def("softmax_backward", &bind_softmax_backward);
+  m.def("attention_forward", [](const py::tuple& problem) {
+    const AttentionParams p = attention_params(problem);
+    const py::gil_scoped_release unlocked;
+    attention_forward(p);
+  });
 }
 
 }  // namespace
