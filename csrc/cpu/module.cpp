@@ -57,6 +57,12 @@ void bind(py::module_& m) {
     const py::gil_scoped_release unlocked;
     attention_forward(p);
   });
+  m.def("attention_backward", [](const py::tuple& problem, const py::tuple& gradients) {
+    const AttentionParams p = attention_params(problem);
+    const AttentionGrads g = attention_grads(gradients);
+    const py::gil_scoped_release unlocked;
+    attention_backward(p, g);
+  });
 }
 
 }  // namespace
