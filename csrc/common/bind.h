@@ -28,6 +28,8 @@ inline void* address(const py::handle& h) {
   return p;
 }
 
+inline void* pointer(int64_t address) { return reinterpret_cast<void*>(intptr_t(address)); }
+
 // (address, strides...), up to four strides, or None.
 inline View view(const py::object& o) {
   View v;

@@ -126,8 +126,10 @@ class CpuBackend(Backend):
         dsinks = None
         if needs[4]:
             # The sink's probability is exp(sink - lse); its value is zero, so its dp is too.
-            share = torch.exp(sinks[:, None] - lse).masked_fill(lse == -math.inf, 0.0)
-            dsinks = -(share * delta).sum((0, 2))
+            # One number gathers from every row: in float64, as the sum of many like the parts.
+            share = torch.exp(sinks.double()[:, None] - lse.double())
+            share = share.masked_fill(lse == -math.inf, 0.0)
+            dsinks = -(share * delta).sum((0, 2)).to(sinks.dtype)
         return dq, dk, dv, None if dbias is None else dbias.to(bias.dtype), dsinks
 
 
