@@ -65,22 +65,73 @@ def kernel(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]]
     return register
 
 
-def register_autograd(op: Any, differentiable: Callable[..., Any]) -> None:
-    """Makes calls of ``op`` itself differentiable, as ``differentiable(*args)`` computes them."""
+def register_autograd(op: Any, function: type[torch.autograd.Function]) -> None:
+    """Makes calls of ``op`` itself differentiable, as those of ``function`` are."""
 
     def run(*args: Any) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return differentiable(*args)
+            return function.apply(*args)
         with below_autograd():
             return op(*args)
 
     _LIBRARY.impl(op._opname, run, "Autograd")
 
 
-def in_plain_eager() -> bool:
-    """No compiler and no functorch transform is looking: an autograd.Function may be applied
-    directly, which spares the way through the op's autograd kernel."""
-    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+def call(op: Any, function: type[torch.autograd.Function], needs_grad: bool, *args: Any) -> Any:
+    """Calls ``op``, of which ``function`` is the differentiable form, by the shortest way."""
+    if torch.compiler.is_compiling():
+        return op(*args)  # opaque to the compiler, which comes to the op's autograd kernel later
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    if needs_grad:
+        # What Function.apply calls in the end; its inspection of signatures takes 100 us.
+        return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+    with below_autograd():
+        return op(*args)
+
+
+def double_backward(
+    op: Any, composite: Callable[..., tuple[Tensor, ...]]
+) -> type[torch.autograd.Function]:
+    """The differentiable form of a backward op: runs the op, and differentiates ``composite``, the
+    same results made of torch operations, so that there are derivatives of any order."""
+
+    class BackwardFunction(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            with below_autograd():
+                return op(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs))
+            ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
+            ctx.set_materialize_grads(False)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            if all(grad is None for grad in grads):
+                return (None,) * len(ctx.others)
+            pairs = zip(ctx.saved_tensors, ctx.others, strict=True)
+            args = [other if x is None else x for x, other in pairs]
+            wanted = [i for i, need in enumerate(ctx.needs_input_grad) if need]
+
+            def results(*inputs: Tensor) -> tuple[Tensor, ...]:
+                for i, x in zip(wanted, inputs, strict=True):
+                    args[i] = x
+                return tuple(
+                    y for y, grad in zip(composite(*args), grads, strict=True) if grad is not None
+                )
+
+            pull_back = torch.func.vjp(results, *(args[i] for i in wanted))[1]
+            second = pull_back(tuple(grad for grad in grads if grad is not None))
+            by_input = dict(zip(wanted, second, strict=True))
+            return tuple(by_input.get(i) for i in range(len(args)))
+
+    register_autograd(op, BackwardFunction)
+    return BackwardFunction
 
 
 # -------------------------------------------------------------------------------------- attention

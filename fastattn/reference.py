@@ -212,8 +212,7 @@ def _attention_keep(call: AttentionCall) -> Tensor | None:
 def _matmul(a: Tensor, b: Tensor, visible: Tensor) -> Tensor:
     """``a @ b``, of which row i takes only what it sees: a is 0 elsewhere, but 0 * nan is nan."""
     out = a @ b
-    traced = type(out) is not Tensor or torch.compiler.is_compiling()  # no values to look at
-    if traced or bool(torch.isfinite(out).all()):
+    if not _has_values(out) or bool(torch.isfinite(out).all()):
         return out
     finite = torch.isfinite(b).all(dim=-1)  # (B, H, n)
     out = a @ torch.where(finite[..., None], b, 0.0)
@@ -222,6 +221,11 @@ def _matmul(a: Tensor, b: Tensor, visible: Tensor) -> Tensor:
         term = a[..., j, None] * special[..., j, None, :]
         out = out + torch.where(visible[..., j, None], term, 0.0)
     return out
+
+
+def _has_values(x: Tensor) -> bool:
+    """False while x is traced or transformed, when no decision can hang on its values."""
+    return type(x) is Tensor and not torch._C._are_functorch_transforms_active()
 
 
 # ------------------------------------------------------------------------------------- layer norm
