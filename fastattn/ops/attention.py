@@ -180,7 +180,7 @@ def _attention(
     request = _request(q, k, v, bias, alibi_slopes, sinks, spec, deterministic, needs_grad)
     chosen = dispatch.select(backend, request).name
     arguments = (*op_arguments(q, k, v, bias, alibi_slopes, sinks, spec), chosen)
-    return library.call(library.attention_forward, AttentionFunction, needs_grad, *arguments)
+    return library.attention_forward.call(AttentionFunction, needs_grad, *arguments)
 
 
 def op_arguments(
@@ -213,8 +213,7 @@ class AttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-        with library.below_autograd():
-            return library.attention_forward(*arguments)
+        return library.attention_forward.below_autograd(*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -227,8 +226,7 @@ class AttentionFunction(torch.autograd.Function):
         *inputs, out, lse = ctx.saved_tensors
         wanted = ctx.needs_input_grad
         needs = [wanted[0], wanted[1], wanted[2], wanted[3], wanted[5]]
-        grads = library.call(
-            library.attention_backward,
+        grads = library.attention_backward.call(
             AttentionBackwardFunction,
             torch.is_grad_enabled(),  # create_graph
             torch.zeros_like(out) if dout is None else dout,
@@ -265,7 +263,7 @@ def _composite_backward(
     )
 
 
-library.register_autograd(library.attention_forward, AttentionFunction)
+library.attention_forward.differentiable_as(AttentionFunction)
 AttentionBackwardFunction = library.double_backward(library.attention_backward, _composite_backward)
 
 

@@ -152,9 +152,7 @@ def _layer_norm(
     seed = torch.randint(2**63 - 1, (), device=x.device) if dropout_p > 0.0 else None
 
     arguments = (x, residual, weight, bias, seed, width, eps, rms, dropout_p, chosen)
-    y, new_residual, *_ = library.call(
-        library.layer_norm_forward, LayerNormFunction, needs_grad, *arguments
-    )
+    y, new_residual, *_ = library.layer_norm_forward.call(LayerNormFunction, needs_grad, *arguments)
     return y, new_residual
 
 
@@ -165,8 +163,7 @@ class LayerNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        with library.below_autograd():
-            return library.layer_norm_forward(*arguments)
+        return library.layer_norm_forward.below_autograd(*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -184,8 +181,7 @@ class LayerNormFunction(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         source, mean, rstd, weight, bias, seed = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:4])
-        grads = library.call(
-            library.layer_norm_backward,
+        grads = library.layer_norm_backward.call(
             LayerNormBackwardFunction,
             torch.is_grad_enabled(),  # create_graph
             torch.zeros_like(source) if dy is None else dy,
@@ -223,7 +219,7 @@ def _composite_backward(
     )
 
 
-library.register_autograd(library.layer_norm_forward, LayerNormFunction)
+library.layer_norm_forward.differentiable_as(LayerNormFunction)
 LayerNormBackwardFunction = library.double_backward(
     library.layer_norm_backward, _composite_backward
 )

@@ -108,7 +108,7 @@ def _run(
     request = Request("softmax", x.device, x.dtype, (x.shape,), flags, needs_grad)
     chosen = dispatch.select(backend, request).name
     arguments = (x, dim, mask, scale, log, dtype, chosen)
-    return library.call(library.softmax_forward, SoftmaxFunction, needs_grad, *arguments)
+    return library.softmax_forward.call(SoftmaxFunction, needs_grad, *arguments)
 
 
 class SoftmaxFunction(torch.autograd.Function):
@@ -118,8 +118,7 @@ class SoftmaxFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> Tensor:
-        with library.below_autograd():
-            return library.softmax_forward(*arguments)
+        return library.softmax_forward.below_autograd(*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -129,8 +128,7 @@ class SoftmaxFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dx = library.call(
-            library.softmax_backward,
+        dx = library.softmax_backward.call(
             SoftmaxBackwardFunction,
             torch.is_grad_enabled(),  # create_graph
             *ctx.saved_tensors,
@@ -140,7 +138,7 @@ class SoftmaxFunction(torch.autograd.Function):
         return dx, *(None,) * 6
 
 
-library.register_autograd(library.softmax_forward, SoftmaxFunction)
+library.softmax_forward.differentiable_as(SoftmaxFunction)
 SoftmaxBackwardFunction = library.double_backward(
     library.softmax_backward, lambda *args: (reference.softmax_backward(*args[:-1]),)
 )
