@@ -197,7 +197,7 @@ def _softmax_with_sink(s: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor,
         s = torch.cat([s, sinks.to(s.dtype)[:, None, None].expand(*s.shape[:-1], 1)], dim=-1)
     blind = (s == -torch.inf).all(dim=-1, keepdim=True)
     safe = torch.where(blind, 0.0, s)
-    p = torch.where(blind, 0.0, safe.softmax(dim=-1))
+    p = torch.where(s == -torch.inf, 0.0, safe.softmax(dim=-1))  # 0 also beside a NaN
     lse = torch.where(blind.squeeze(-1), -torch.inf, safe.logsumexp(dim=-1))
     return p[..., :k_len], lse, (p[..., k_len:] if sinks is not None else None)
 
