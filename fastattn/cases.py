@@ -98,7 +98,7 @@ class Case:
 
 @dataclass(frozen=True)
 class AttentionCase(Case):
-    """`fastattn.attention` on q (batch, heads, q_len, head_dim), k and v (batch, kv_heads, k_len, .)."""
+    """`fastattn.attention` on q (B, heads, q_len, head_dim), k and v (B, kv_heads, k_len, .)."""
 
     op: ClassVar[str] = "attention"
 
@@ -116,10 +116,12 @@ class AttentionCase(Case):
     alibi: str | None = None  # "heads" (Hq,) or "batch_heads" (B, Hq)
     bias: str | None = None  # "additive", "boolean", "-inf" (additive, some elements -inf)
     bias_shape: str = "bhqk"  # a letter a dim, 1 where it broadcasts: "11qk", "b11k", "qk"
+    # A bias that is the same for every key changes nothing but against a sink.
     bias_dtype: torch.dtype | None = None  # None: as q
     sinks: bool = False
     layout: str = "contiguous"  # one of LAYOUTS, of q, k and v
     magnitude: float = 1.0  # of q
+    return_lse: bool = True
 
     @property
     def shape(self) -> dict[str, int]:
@@ -152,12 +154,13 @@ class AttentionCase(Case):
             "scale": self.scale,
             "softcap": self.softcap,
             "dropout_p": self.dropout_p,
+            "return_lse": self.return_lse,
         }
 
     def _call(self, inputs: Inputs, backend: str | None) -> Any:
         import fastattn
 
-        return fastattn.attention(**inputs, **self.options, return_lse=True, backend=backend)
+        return fastattn.attention(**inputs, **self.options, backend=backend)
 
     def _tensors(self, generator: torch.Generator) -> Inputs:
         s = self.shape
@@ -303,7 +306,9 @@ class LayerNormCase(Case):
     def _tensors(self, generator: torch.Generator) -> Inputs:
         x = self.mean + self.magnitude * _randn(self.shape, generator)
         inputs = {"x": _with_layout(x, self.layout, self.dtype)}
-        parameter_dtype = self.param_dtype or self.dtype
+        parameter_dtype = self.dtype
+        if self.param_dtype and self.dtype != torch.float64:  # nothing is wider than float64
+            parameter_dtype = self.param_dtype
         if self.residual:
             residual = _randn(self.shape, generator)
             inputs["residual"] = _with_layout(residual, self.layout, self.dtype)
@@ -449,16 +454,16 @@ ATTENTION_CASES: tuple[AttentionCase, ...] = (
     AttentionCase("alibi_batch_causal", alibi="batch_heads", q_len=20, k_len=45, causal=True),
     AttentionCase("bias", bias="additive"),
     AttentionCase("bias_keys", bias="additive", bias_shape="b11k"),
-    AttentionCase("bias_queries", bias="additive", bias_shape="1hq1"),
+    AttentionCase("bias_queries", bias="additive", bias_shape="1hq1", sinks=True, heads=8),
     AttentionCase("bias_matrix", bias="additive", bias_shape="qk", k_len=70),
     AttentionCase("bias_one_row", bias="additive", bias_shape="111k"),
-    AttentionCase("bias_scalar", bias="additive", bias_shape="1111"),
+    AttentionCase("bias_heads", bias="additive", bias_shape="h11", sinks=True, heads=8),
     AttentionCase("bias_float32", bias="additive", bias_dtype=torch.float32, causal=True),
     AttentionCase("bias_infinite", bias="-inf", bias_shape="11qk"),
     AttentionCase("mask", bias="boolean"),
     AttentionCase("mask_keys", bias="boolean", bias_shape="b11k", causal=True),
-    AttentionCase("sinks", sinks=True),
-    AttentionCase("sinks_rows_without_keys", sinks=True, q_len=60, k_len=25, causal=True),
+    AttentionCase("sinks", sinks=True, heads=8),
+    AttentionCase("sinks_rows_without_keys", sinks=True, heads=8, q_len=60, k_len=25, causal=True),
     AttentionCase("scale", scale=0.7),
     AttentionCase("scale_zero", scale=0.0),
     AttentionCase("scale_negative", scale=-0.3),
@@ -480,7 +485,9 @@ ATTENTION_CASES: tuple[AttentionCase, ...] = (
     AttentionCase("decode", q_len=1, k_len=700, head_dim=64, causal=True),
     AttentionCase("decode_gqa", heads=8, kv_heads=2, q_len=1, k_len=515, head_dim=64, causal=True),
     AttentionCase("decode_few", heads=4, kv_heads=1, q_len=3, k_len=515, head_dim=64, causal=True),
-    AttentionCase("decode_window", q_len=1, k_len=700, causal=True, window=(128, None), sinks=True),
+    AttentionCase(
+        "decode_window", heads=8, q_len=1, k_len=700, causal=True, window=(128, None), sinks=True
+    ),
     AttentionCase("bshd", layout="bshd", causal=True),
     AttentionCase("packed", layout="packed", causal=True),
     AttentionCase("column", layout="column", causal=True),
