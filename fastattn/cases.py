@@ -160,7 +160,8 @@ class AttentionCase(Case):
     def _call(self, inputs: Inputs, backend: str | None) -> Any:
         import fastattn
 
-        return fastattn.attention(**inputs, **self.options, backend=backend)
+        arguments: dict[str, Any] = inputs | self.options
+        return fastattn.attention(**arguments, backend=backend)
 
     def _tensors(self, generator: torch.Generator) -> Inputs:
         s = self.shape
@@ -294,13 +295,14 @@ class LayerNormCase(Case):
     def _call(self, inputs: Inputs, backend: str | None) -> Any:
         import fastattn
 
-        parameters = {n: inputs[n] for n in ("weight", "bias") if n in inputs}
-        common = dict(parameters, eps=self.eps, backend=backend)
+        common: dict[str, Any] = {n: inputs[n] for n in ("weight", "bias") if n in inputs}
+        common |= {"eps": self.eps, "backend": backend}
         if self.residual:
+            add: Callable[..., Any]
             add = fastattn.add_rms_norm if self.rms else fastattn.add_layer_norm
             common["dropout_p"] = self.dropout_p
             return add(inputs["x"], inputs["residual"], self.normalized_shape, **common)
-        norm = fastattn.rms_norm if self.rms else fastattn.layer_norm
+        norm: Callable[..., Tensor] = fastattn.rms_norm if self.rms else fastattn.layer_norm
         return norm(inputs["x"], self.normalized_shape, **common)
 
     def _tensors(self, generator: torch.Generator) -> Inputs:
@@ -365,12 +367,10 @@ class SoftmaxCase(Case):
         import fastattn
 
         function = fastattn.log_softmax if self.log else fastattn.softmax
-        # A float64 run of this case is its oracle: there the output stays float64.
-        dtype = None if inputs["x"].dtype == torch.float64 else self.out_dtype
         return function(
             inputs["x"],
             self.dim,
-            dtype,
+            self.out_dtype,
             scale=self.scale,
             mask=inputs.get("mask"),
             backend=backend,

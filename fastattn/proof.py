@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import dispatch, testing
+from . import child, dispatch, testing
 from .backends import BACKENDS
 from .cases import CASES, DTYPES, AttentionCase, Case, Inputs, LayerNormCase, SoftmaxCase
 from .console import BAD, BOLD, DIM, GOOD, Cell, Console
@@ -97,15 +97,15 @@ def _hold_to_law(case: Case, backend: str | None, inputs: Inputs, backward: bool
             _check_some_heads(case, backend, inputs, backward)
             return
         options = {k: v for k, v in case.options.items() if k != "return_lse"}
-        testing.check_attention(backend, **inputs, backward=backward, **options)
+        testing.check_attention(backend, backward=backward, **inputs, **options)  # type: ignore[arg-type]
     elif isinstance(case, LayerNormCase):
-        tensors = {n: inputs.get(n) for n in ("weight", "bias", "residual")}
-        keywords = {"dropout_p": case.dropout_p} if case.residual else {}
+        keywords: dict[str, Any] = {n: inputs.get(n) for n in ("weight", "bias", "residual")}
+        if case.residual:
+            keywords["dropout_p"] = case.dropout_p
         testing.check_layer_norm(
             backend,
             inputs["x"],
             case.normalized_shape,
-            **tensors,
             rms=case.rms,
             backward=backward,
             eps=case.eps,
@@ -199,28 +199,18 @@ def targets(op: str | None, backend: str | None) -> list[Target]:
 
 
 def verdicts(target: Target) -> Iterator[Verdict]:
-    """From a process of its own; a crash of that process is the next case's problem."""
+    """From a process of its own; if that process dies, the case it was at has failed."""
     environment = dict(os.environ)
     if target.isa:
         environment["FASTATTN_CPU_ISA"] = target.isa
-    child = subprocess.Popen(
-        [sys.executable, "-m", "fastattn.proof"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-    assert child.stdin and child.stdout
-    child.stdin.write(json.dumps(asdict(target)))
-    child.stdin.close()
     waiting = list(target.cases())
-    for line in child.stdout:
-        waiting.pop(0)
-        yield Verdict(**json.loads(line))
-    if child.wait() or waiting:
-        name, op = (str(waiting[0]), waiting[0].op) if waiting else ("the end", OPS[0])
-        problem = f"the process ended with exit status {child.returncode}"
-        yield Verdict(name, op, target.backend, problem=problem)
+    try:
+        for answer in child.answers("fastattn.proof", asdict(target), environment):
+            waiting.pop(0)
+            yield Verdict(**answer)
+    except child.ChildError as error:
+        name, op = (str(waiting[0]), waiting[0].op) if waiting else ("the end", target.op or OPS[0])
+        yield Verdict(name, op, target.backend, problem=str(error))
 
 
 def check(console: Console, op: str | None, backend: str | None, verbose: bool) -> int:

@@ -32,9 +32,10 @@ def bench(console: Console, options: argparse.Namespace) -> int:
     kernels = table.choose(options.full, options.op, options.dtype, options.case)
     models = choose_transformers(options)
     if options.list:
-        for entry in (*kernels, *models):
-            goal = getattr(entry, "goal", None)
-            console.line(entry.id + (f"  goal {goal:g}x" if goal else ""))
+        for kernel in kernels:
+            console.line(kernel.id + (f"  goal {kernel.goal:g}x" if kernel.goal else ""))
+        for model in models:
+            console.line(model.id)
         return 0
     if not kernels and not models:
         console.line("fastattn bench: no benchmark matches; see fastattn bench --list", BAD)
@@ -121,6 +122,11 @@ def _peaks(planned: list[Peak], settings: Options) -> Iterator[Peak]:
 def notes(outcome: Report) -> list[str]:
     """What a reader must know to trust the figures."""
     lines = []
+    load, cores = outcome.machine["load"], outcome.machine["cores"]
+    if load is not None and load > 0.5 * cores:
+        lines.append(
+            f"the machine was busy (load {load:.1f} on {cores} cores): do not trust these times"
+        )
     served = sorted({r.backend for r in outcome.results if r.backend})
     if served:
         lines.append(f"backend that served: {', '.join(served)}")

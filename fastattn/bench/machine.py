@@ -93,6 +93,7 @@ def describe() -> dict[str, Any]:
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "memory_gb": memory_gb(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "gpu": gpu,
         "platform": platform.platform(),
         "python": sys.version.split()[0],
@@ -104,21 +105,18 @@ def describe() -> dict[str, Any]:
 
 
 def build_record() -> dict[str, Any]:
-    """What the install built, with which compiler, and which of it this CPU runs."""
+    """What the install built, with which compiler, and which of it this CPU runs, best first."""
+    from ..backends.cpu import ISAS, CpuBackend
+
     try:
         record = importlib.import_module("fastattn._build_info")
     except ModuleNotFoundError:
         return {"isas": [], "usable": [], "reason": "nothing was built", "compiler": None}
-    usable = []
-    for isa in record.CPU_ISAS:
-        try:
-            if importlib.import_module(f"fastattn._cpu_{isa}").supported():
-                usable.append(isa)
-        except ImportError:
-            continue  # built for another system: not usable, which is what the caller asks
+    module = CpuBackend().module
+    runs = module.usable_isas() if module else ()
     return {
         "isas": list(record.CPU_ISAS),
-        "usable": usable,
+        "usable": [isa for isa in ISAS if isa in record.CPU_ISAS and isa in runs],
         "reason": record.REASON,
         "compiler": getattr(record, "COMPILER", None),
     }

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from .. import child
 from ..cases import AttentionCase
 from . import allocator
 from .contenders import NAIVE, OURS, TORCH, forwards
@@ -48,20 +48,8 @@ def measure(planned: list[Peak], threads: int, backend: str | None) -> Iterator[
             yield peak
         return
     request = {"threads": threads, "backend": backend, "jobs": [asdict(p) for p in planned]}
-    child = subprocess.Popen(
-        [sys.executable, "-m", "fastattn.bench.memory"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=default_environment(),
-    )
-    assert child.stdin and child.stdout
-    child.stdin.write(json.dumps(request))
-    child.stdin.close()
-    for line in child.stdout:
-        yield Peak(**json.loads(line))
-    if child.wait():
-        raise RuntimeError(f"the memory measurement ended with exit status {child.returncode}")
+    for answer in child.answers("fastattn.bench.memory", request, default_environment()):
+        yield Peak(**answer)
 
 
 def default_environment() -> dict[str, str]:
@@ -129,8 +117,8 @@ def main() -> None:
     request = json.load(sys.stdin)
     for raw in request["jobs"]:
         # The parent runs no kernel itself: a fork after threads have started would hang.
-        child = os.fork()
-        if child == 0:
+        process = os.fork()
+        if process == 0:
             torch.set_num_threads(request["threads"])
             peak = Peak(**raw)
             try:
@@ -139,7 +127,7 @@ def main() -> None:
                 peak.absent = f"{type(error).__name__}: {error}"
             print(json.dumps(asdict(peak)), flush=True)
             os._exit(0)
-        _, status = os.waitpid(child, 0)
+        _, status = os.waitpid(process, 0)
         if status:
             gone = Peak(**{**raw, "absent": f"the process was killed (status {status})"})
             print(json.dumps(asdict(gone)), flush=True)

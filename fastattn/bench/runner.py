@@ -7,14 +7,13 @@ allocator as users have it, and prints a line of JSON a result.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import torch
 
-from .. import proof
+from .. import child, proof
 from ..cases import AttentionCase, Case
 from . import contenders, timing
 from .ceilings import Ceilings
@@ -87,19 +86,16 @@ class Runner:
             "ceilings": self.ceilings.to_json(),
             "ids": [b.id for b in benchmarks],
         }
-        child = subprocess.run(
-            [sys.executable, "-m", "fastattn.bench.runner"],
-            input=json.dumps(request),
-            capture_output=True,
-            text=True,
-            env=default_environment(),
-        )
-        lines = child.stdout.splitlines()
-        yield from (Result(**json.loads(line)) for line in lines)
-        for benchmark in benchmarks[len(lines) :]:
-            result = new_result(benchmark)
-            result.failure = f"child process, exit {child.returncode}: {child.stderr[-300:]}"
-            yield result
+        waiting = list(benchmarks)
+        try:
+            for answer in child.answers("fastattn.bench.runner", request, default_environment()):
+                waiting.pop(0)
+                yield Result(**answer)
+        except child.ChildError as error:
+            for benchmark in waiting:
+                result = new_result(benchmark)
+                result.failure = str(error)
+                yield result
 
 
 def new_result(benchmark: Benchmark) -> Result:
