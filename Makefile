@@ -9,7 +9,8 @@ VENV ?= .venv
 PIP_FLAGS ?=
 RESULTS := benchmarks/results
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc fastattn -name '*.cpp' -o -name '*.h' -o -name '*.py')
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
+SOURCES := pyproject.toml setup.py constraints.txt $(CPP) $(shell find fastattn -name '*.py')
 
 .PHONY: help venv bench bench-full test lint format clean distclean
 .DELETE_ON_ERROR:
@@ -20,17 +21,11 @@ help:
 
 venv: $(VENV)/installed
 
-# The pins come first and on their own, so that a change of our sources does not install them again.
-$(VENV)/pins: constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --upgrade pip
-	@echo "installing torch and the tools (about 90 s)"
-	$(BIN)/python -m pip install -q $(PIP_FLAGS) -r constraints.txt
-	@touch $@
-
-# Not -e: what is measured and tested is what pip installs.
-$(VENV)/installed: $(VENV)/pins $(SOURCES)
-	@echo "building and installing fastattn"
+# Not -e: what is measured and tested is what pip installs. pip builds a folder again each time, and
+# leaves torch and the tools alone once they are there.
+$(VENV)/installed: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing torch, the tools and fastattn: two to three minutes the first time"
 	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt '.[test]'
 	@touch $@
 
@@ -49,16 +44,20 @@ bench-full: venv
 test: venv
 	$(BIN)/pytest
 
-lint: venv
+$(VENV)/linters: constraints.txt | venv
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt ruff mypy clang-format
+	@touch $@
+
+lint: $(VENV)/linters
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	find csrc -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run --Werror
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
-format: venv
+format: $(VENV)/linters
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	find csrc -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format -i
+	$(BIN)/clang-format -i $(CPP)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -28,6 +28,7 @@ from .console import BAD, BOLD, DIM, GOOD, Cell, Console
 from .ops.attention import attention, explain
 
 LARGE = 2**23  # scores beyond which only some of the heads are looked at
+SHOWN = 20  # failures, before it says how many more there are
 OPS = ("attention", "layer_norm", "softmax")
 
 
@@ -245,8 +246,10 @@ def check(console: Console, op: str | None, backend: str | None, verbose: bool) 
         reason = candidate.unavailable()
         if reason and backend is None:
             console.line(f"not here: {name}: {reason}", DIM)
-    for target, verdict in problems:
+    for target, verdict in problems[:SHOWN]:
         console.line(f"FAILED {target}  {verdict.case}: {verdict.problem}", BAD)
+    if len(problems) > SHOWN:
+        console.line(f"and {len(problems) - SHOWN} more: --verbose shows them all", DIM)
     state = f"{len(problems)} cases failed" if problems else "all passed"
     console.line(f"{state}, in {time.monotonic() - started:.0f} s", BAD if problems else BOLD)
     return 1 if problems else 0

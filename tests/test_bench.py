@@ -155,25 +155,25 @@ def test_flex_that_cannot_run_says_why(monkeypatch):
 
 
 def options():
-    return runner.Options(threads=torch.get_num_threads(), budget_s=0.0)
+    return runner.Options(torch.get_num_threads(), budget_s=0.0, backend="reference")
 
 
 @pytest.mark.parametrize("case", [TINY, LayerNormCase("rows"), SoftmaxCase("rows")], ids=str)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_a_run_has_times_rates_and_a_check(case, direction):
-    result = runner.Runner(options(), ROOFS).run(Benchmark("full", case, direction, True))
+    result = runner.Runner(options()).run(Benchmark("full", case, direction, True))
     assert not result.failure
     assert result.checked
     assert result.ratio == result.ratios["torch"]["median"]
     work = case.work(direction == "backward")
     assert result.gflops == pytest.approx(1e-9 * work.flops / result.times["ours"]["median"])
-    assert result.of_ceiling > 0
+    assert result.gbytes > 0
 
 
 def test_a_wrong_result_is_never_timed(monkeypatch):
     wrong = runner.proof.Verdict("case", "attention", "cpu", problem="dk: error 3")
     monkeypatch.setattr(runner.proof, "prove", lambda *a, **k: wrong)
-    result = runner.Runner(options(), ROOFS).run(Benchmark("full", TINY, "forward", True))
+    result = runner.Runner(options()).run(Benchmark("full", TINY, "forward", True))
     assert result.failure == "dk: error 3"
     assert not result.times
 
@@ -187,7 +187,7 @@ def test_forward_and_backward_share_a_check(monkeypatch):
 
     monkeypatch.setattr(runner.proof, "prove", prove)
     pair = [Benchmark("full", TINY, direction, True) for direction in ("forward", "backward")]
-    assert len(list(runner.Runner(options(), ROOFS).run_all(pair))) == 2
+    assert len(list(runner.Runner(options()).run_all(pair))) == 2
     assert proved == [True]
 
 
@@ -195,13 +195,17 @@ def test_roofs():
     assert ROOFS.compute("float32") == ROOFS.compute("bfloat16") == ROOFS.compute("float16") == 100
     result = make_result(times={"ours": spread(1e-3)})
     long = AttentionCase("long", batch=1, heads=1, q_len=512, head_dim=64)
-    runner.rate(Benchmark("full", long, "forward", True), result, ROOFS)
+    runner.rate(Benchmark("full", long, "forward", True), result)
+    ROOFS.hold_against(result)
     assert result.bound == "compute"
     assert result.of_ceiling == pytest.approx(4 * 512 * 512 * 64 / 1e-3 / 100e9)
     decode = AttentionCase("decode", batch=1, heads=1, q_len=1, k_len=512, head_dim=64)
-    runner.rate(Benchmark("decode_mha", decode, "forward", True), result, ROOFS)
+    runner.rate(Benchmark("decode_mha", decode, "forward", True), result)
+    ROOFS.hold_against(result)
     assert result.bound == "memory"
     assert result.of_ceiling == pytest.approx(4 * 2 * (512 + 1) * 64 / 1e-3 / 20e9)
+    better = ROOFS.or_better(ceilings.Ceilings({"float32": 1, "bfloat16": 70, "float16": 1}, 30.0))
+    assert (better.gemm["float32"], better.gemm["bfloat16"], better.copy) == (100.0, 70, 30.0)
 
 
 def test_choose_filters():

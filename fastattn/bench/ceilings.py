@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from .results import Result
+
 
 @dataclass(frozen=True)
 class Ceilings:
@@ -23,6 +25,22 @@ class Ceilings:
         if dtype != "float64":
             roofs.append(self.gemm["float32"])
         return max(roofs)
+
+    def or_better(self, other: Ceilings) -> Ceilings:
+        """The higher of two measurements, one by one."""
+        gemm = {dtype: max(rate, other.gemm[dtype]) for dtype, rate in self.gemm.items()}
+        return Ceilings(gemm, max(self.copy, other.copy))
+
+    def hold_against(self, result: Result) -> None:
+        """Say which roof is over a result and how near it came."""
+        if not result.intensity:
+            return
+        compute = self.compute(result.dtype)
+        # Row-wise ops count as limited by memory even where their exponentials cost more.
+        rows = result.op != "attention"
+        result.bound = "memory" if rows or result.intensity * self.copy < compute else "compute"
+        achieved = result.gbytes if result.bound == "memory" else result.gflops
+        result.of_ceiling = achieved / (self.copy if result.bound == "memory" else compute)
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)

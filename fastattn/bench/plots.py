@@ -59,14 +59,18 @@ def speed_ups(results: list[Result]) -> str:
             spread, ratio = result.ratios[rival], result.ratio or 0.0
             axes.barh(place, ratio, 0.62, color=COLOURS["ours"] if rival == "torch" else "#93c5fd")
             axes.plot([spread["low"], spread["high"]], [place] * 2, color="#94a3b8", linewidth=1)
-            axes.text(max(ratio, spread["high"]), place, f"  {ratio:.2f}x", va="center")
+            end = max(ratio, spread["high"], result.goal or 0.0)
+            axes.text(end, place, f"  {ratio:.2f}x", va="center")
             if result.goal is not None:
                 axes.plot([result.goal] * 2, [place - 0.4, place + 0.4], color=GOAL, linewidth=2)
         axes.axvline(1.0, color="#94a3b8", linewidth=0.8, linestyle="--")
         axes.set_yticks(range(len(shown)), [short_name(r) for r in reversed(shown)])
         axes.set_xlim(left=0)
         axes.set_ylim(-0.7, len(shown) - 0.3)
-        axes.set_xlabel("times faster than torch's operator; black mark: the goal")
+        axes.set_xlabel(
+            "times faster than torch's operator (light: than naive code, where torch has none); "
+            "black mark: the goal"
+        )
     return sink[0]
 
 
@@ -80,7 +84,8 @@ def roofline(report: Report) -> str:
         low, high = min(intensities) / 3, max(intensities) * 3
         top = max(roofs["gemm"].values())
         bend = top / roofs["copy"]
-        axes.plot([low, bend, max(high, bend)], [low * roofs["copy"], top, top], color=GOAL)
+        corners = sorted([low, bend, high])
+        axes.plot(corners, [min(x * roofs["copy"], top) for x in corners], color=GOAL)
         for name, rate in roofs["gemm"].items():
             if rate < top and rate * 5 > top:
                 axes.axhline(rate, color="#94a3b8", linewidth=0.8)

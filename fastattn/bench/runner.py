@@ -16,7 +16,6 @@ import torch
 from .. import child, proof
 from ..cases import AttentionCase, Case
 from . import contenders, timing
-from .ceilings import Ceilings
 from .memory import default_environment
 from .results import Result
 from .table import BENCHMARKS, Benchmark
@@ -33,8 +32,8 @@ class Options:
 class Runner:
     """Remembers which cases have passed their check, so that forward and backward share one."""
 
-    def __init__(self, options: Options, ceilings: Ceilings):
-        self.options, self.ceilings = options, ceilings
+    def __init__(self, options: Options):
+        self.options = options
         self._verdicts: dict[tuple[Case, bool], proof.Verdict] = {}
         self._backward: set[Case] = set()  # cases of which some benchmark times the backward
 
@@ -68,7 +67,7 @@ class Runner:
             result.times[name] = timing.Timing.of(seconds).to_json()
             if name != contenders.OURS:
                 result.ratios[name] = timing.ratio(seconds, ours).to_json()
-        rate(benchmark, result, self.ceilings)
+        rate(benchmark, result)
 
     def run_all(self, benchmarks: list[Benchmark]) -> Iterator[Result]:
         """Results in order; those on the default allocator come from a child process, last."""
@@ -81,11 +80,7 @@ class Runner:
             yield from self._run_apart(apart)
 
     def _run_apart(self, benchmarks: list[Benchmark]) -> Iterator[Result]:
-        request = {
-            "options": asdict(self.options),
-            "ceilings": self.ceilings.to_json(),
-            "ids": [b.id for b in benchmarks],
-        }
+        request = {"options": asdict(self.options), "ids": [b.id for b in benchmarks]}
         waiting = list(benchmarks)
         try:
             for answer in child.answers("fastattn.bench.runner", request, default_environment()):
@@ -119,8 +114,8 @@ def enumerate_shape(case: Case) -> Iterator[tuple[str, int]]:
     yield "width", sizes[-1]
 
 
-def rate(benchmark: Benchmark, result: Result, ceilings: Ceilings) -> None:
-    """Achieved work a second, and how near the machine's roof that is."""
+def rate(benchmark: Benchmark, result: Result) -> None:
+    """Work a second that ours achieved."""
     work = benchmark.case.work(backward=benchmark.direction == "backward")
     flops, moved = work.flops, work.bytes
     if benchmark.direction == "call_backward":
@@ -129,21 +124,13 @@ def rate(benchmark: Benchmark, result: Result, ceilings: Ceilings) -> None:
     seconds = result.times[contenders.OURS]["median"]
     result.gflops, result.gbytes = 1e-9 * flops / seconds, 1e-9 * moved / seconds
     result.intensity = flops / moved
-    # A row-wise op is measured against the copy even where its exponentials cost more.
-    compute = ceilings.compute(result.dtype)
-    rows = benchmark.case.op != "attention"
-    result.bound = "memory" if rows or result.intensity * ceilings.copy < compute else "compute"
-    if result.bound == "memory":
-        result.of_ceiling = result.gbytes / ceilings.copy
-    else:
-        result.of_ceiling = result.gflops / compute
 
 
 def main() -> None:
     request = json.load(sys.stdin)
     options = Options(**request["options"])
     torch.set_num_threads(options.threads)
-    runner = Runner(options, Ceilings(**request["ceilings"]))
+    runner = Runner(options)
     by_id: dict[str, Benchmark] = {b.id: b for b in BENCHMARKS}
     for name in request["ids"]:
         print(json.dumps(asdict(runner.run(by_id[name]))), flush=True)
