@@ -1,7 +1,12 @@
 """The parts of `fastattn bench`: timing, contenders, results, report, comparison."""
 
+import ast
 import copy
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +16,7 @@ from fastattn.bench import (
     compare,
     contenders,
     html,
+    machine,
     memory,
     naive,
     report,
@@ -62,7 +68,7 @@ def make_report(*results):
         "commit": None,
         "torch": "2",
         "python": "3",
-        "load": 0.0,
+        "others": 0.0,
     }
     peaks = [
         Peak("ours", 1024, "float32", False, 3.0, 1.0, 0.1),
@@ -304,3 +310,40 @@ def test_compare_shows_moves_first_and_what_differs(capsys):
     text = capsys.readouterr().out
     assert "torch: 2 -> 3" in text
     assert "1 faster, 0 slower, 1 unmoved, 1 without a counterpart" in text
+
+
+# ------------------------------------------------------------------------------------- the machine
+
+
+def test_other_processes_are_noticed():
+    others = machine.Others()
+    if others.share() is None:
+        pytest.skip("no /proc/stat")
+    burn = [sys.executable, "-c", "import time\nt = time.time()\nwhile time.time() < t + 1: pass"]
+    process = subprocess.Popen(burn)
+    time.sleep(0.8)
+    busy = others.share()
+    process.wait()
+    assert busy > 0.5 / os.cpu_count()
+
+
+def test_reused_memory_has_no_page_faults():
+    code = (
+        "from fastattn.bench import allocator\nprint(allocator.describe(allocator.reuse_memory()))"
+    )
+    package = Path(machine.__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": str(package)}
+    printed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
+    ).stdout
+    described = ast.literal_eval(printed)
+    if not described["reuse_memory"]:
+        pytest.skip("not glibc")
+    assert described["clone_64mb_faults"] < 100
+
+
+def test_the_machine_is_described():
+    described = machine.describe()
+    assert described["torch"] == torch.__version__
+    assert described["cores"] >= 1
+    assert set(machine.build_record()) == {"isas", "usable", "reason", "compiler"}

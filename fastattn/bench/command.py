@@ -75,6 +75,7 @@ def run(
     if options.threads:
         torch.set_num_threads(options.threads)
     started = time.monotonic()
+    others = machine.Others()
     budget_s = FULL_BUDGET_S if options.full else QUICK_BUDGET_S
     # Memory is shown for whole runs only: a filter asks for something else.
     filtered = options.op not in (None, "attention") or options.dtype or options.case
@@ -106,6 +107,7 @@ def run(
     outcome.ceilings = roofs.to_json()
     for result in outcome.results:
         roofs.hold_against(result)
+    outcome.machine["others"] = others.share()
     outcome.seconds = time.monotonic() - started
     outcome.notes = notes(outcome)
     return outcome
@@ -127,11 +129,9 @@ def _peaks(planned: list[Peak], settings: Options) -> Iterator[Peak]:
 def notes(outcome: Report) -> list[str]:
     """What a reader must know to trust the figures."""
     lines = []
-    load, cores = outcome.machine["load"], outcome.machine["cores"]
-    if load is not None and load > 0.5 * cores:
-        lines.append(
-            f"the machine was busy (load {load:.1f} on {cores} cores): do not trust these times"
-        )
+    others = outcome.machine["others"]
+    if others is not None and others > 0.05:
+        lines.append(f"other processes took {others:.0%} of this machine: do not trust these times")
     served = sorted({r.backend for r in outcome.results if r.backend})
     if served:
         lines.append(f"backend that served: {', '.join(served)}")

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -65,9 +66,12 @@ def version_of(package: str) -> str | None:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout this package is imported from, None for an installed one."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
+    """The commit of the checkout this package is imported from, or, if it is installed, of the one
+    it was called from (`make bench` installs that one first). None outside any checkout."""
+    for root in (Path(__file__).resolve().parents[2], Path.cwd()):
+        if (root / ".git").exists() and (root / "fastattn" / "cases.py").exists():
+            break
+    else:
         return None
 
     def git(*arguments: str) -> str:
@@ -93,7 +97,6 @@ def describe() -> dict[str, Any]:
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "memory_gb": memory_gb(),
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "gpu": gpu,
         "platform": platform.platform(),
         "python": sys.version.split()[0],
@@ -102,6 +105,31 @@ def describe() -> dict[str, Any]:
         "fastattn": version_of("fastattn"),
         "commit": git_commit(),
     }
+
+
+class Others:
+    """How busy other processes keep this machine, from when this was made."""
+
+    def __init__(self) -> None:
+        self._start = self._seconds()
+
+    def share(self) -> float | None:
+        """Of all processors' time since then, what neither idled nor was ours (with children that
+        have ended). None where /proc/stat does not tell."""
+        if self._start is None or (now := self._seconds()) is None:
+            return None
+        busy, ours, wall = (b - a for a, b in zip(self._start, now, strict=True))
+        return max(0.0, busy - ours) / max(wall * (os.cpu_count() or 1), 1e-9)
+
+    @staticmethod
+    def _seconds() -> tuple[float, float, float] | None:
+        try:
+            fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+        except OSError:
+            return None
+        user, nice, system, _idle, _wait, *more = map(int, fields)
+        busy = user + nice + system + sum(more[:3])  # interrupts and what a hypervisor took
+        return busy / os.sysconf("SC_CLK_TCK"), sum(os.times()[:4]), time.monotonic()
 
 
 def build_record() -> dict[str, Any]:

@@ -40,7 +40,8 @@ def section(result: Result) -> str:
 def short_name(result: Result) -> str:
     """The id without what the section's title says."""
     name = result.id.removeprefix(result.op + "-").removesuffix("-" + result.direction)
-    return f"{name} {result.direction}" if result.direction.startswith("call") else name
+    distinct = result.direction in ("forward", "backward")  # the title says these
+    return name if distinct else f"{name} {result.direction}"
 
 
 def row(result: Result) -> list[Cell]:
