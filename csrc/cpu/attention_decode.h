@@ -2,6 +2,7 @@
 // the queries of its group. Lanes run along head_dim in q . k and along v's columns in p . v.
 #pragma once
 #include <utility>
+#include <vector>
 
 #include "online_softmax.h"
 #include "tile_matmul.h"
@@ -43,7 +44,7 @@ class DecodeTile {
         v_(scratch.take<A>(size_t(kKeys) * v_cols_)),
         scores_(scratch.take<A>(size_t(rows_) * kKeys)),
         out_(scratch.take<A>(size_t(rows_) * v_cols_)),
-        softmax_(p, scratch, rows_ + w, kKeys) {}
+        softmax_(p, scratch, rows_, rows_, kKeys) {}
 
   // All queries of the group of KV head kv, rows (head, query), against the keys in `keys`.
   void run(int64_t b, int64_t kv, KeyRange keys) {
@@ -55,6 +56,8 @@ class DecodeTile {
       pack_rows<Fma<A>>(q_ + g * s.q_len * d_cols_, d_cols_, q, int(s.q_len), int(s.head_dim));
     }
     softmax_.start(rows_);
+    std::vector<ScoreMod<A>> mods;
+    for (int g = 0; g < s.group(); ++g) mods.emplace_back(p_, b, kv * s.group() + g);
     const Source<T> k{p_.k.at<const T>(b, kv, 0), p_.k.stride[2], p_.k.stride[3]};
     const Source<T> v{p_.v.at<const T>(b, kv, 0), p_.v.stride[2], p_.v.stride[3]};
     const KeyRange full = p_.mask.all_keys(0, s.q_len, s.k_len);
@@ -73,12 +76,10 @@ class DecodeTile {
       }
       const bool hides = p_.bias || j < full.begin || j + n > full.end;
       const bool spoils = hides && !all_finite(vj, n, int(s.v_dim));
-      for (int g = 0, r = 0; g < s.group(); ++g) {
-        const ScoreMod<A> mod(p_, b, kv * s.group() + g);
-        for (int i = 0; i < s.q_len; ++i, ++r)
-          softmax_.row(mod, scores_ + ptrdiff_t(r) * kKeys, r, i, j, n, int(round_up(n, w)), spoils);
-      }
-      softmax_.fold(0, rows_);
+      softmax_.block(scores_, scores_, kKeys, 0, rows_, j, n, int(round_up(n, w)), spoils,
+                     [&](int r) {
+                       return typename OnlineSoftmax<A>::Query{mods[r / s.q_len], r % s.q_len};
+                     });
       const Source<T> next{k.at(std::min(j + kKeys, keys.end - 1), 0), k.row, k.col};
       if (v_direct && !spoils) {
         accumulate(vj, n, next);

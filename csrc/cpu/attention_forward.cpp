@@ -15,7 +15,7 @@ namespace {
 
 constexpr int kKeyBlock = 128;                  // keys packed at a time
 constexpr int kSubRows = 4 * kTileRows;         // queries whose scores stay in L1
-constexpr int kMaxQueryTile = 4 * kSubRows;     // queries that share one packing of keys and values
+constexpr int kMaxQueryTile = 8 * kSubRows;     // queries that share one packing of keys and values
 
 template <typename T>
 class ForwardTile {
@@ -23,6 +23,7 @@ class ForwardTile {
   using A = typename Compute::Acc;
   using Elem = typename Compute::Elem;
   static constexpr int kDepth = Compute::kDepth;
+  using Prob = std::conditional_t<kDepth == 1, A, T>;  // what P . V multiplies
   static constexpr int kWide = kPanel<A>;
 
  public:
@@ -34,9 +35,10 @@ class ForwardTile {
         k_(scratch.take<Elem>(size_t(kKeyBlock) * d_elems_)),
         v_(scratch.take<Elem>(size_t(kKeyBlock / kDepth) * v_cols_)),
         scores_(scratch.take<A>(size_t(kSubRows) * kKeyBlock)),
-        probs_(kDepth == 1 ? nullptr : scratch.take<T>(size_t(kSubRows) * kKeyBlock)),
+        probs_(kDepth == 1 ? reinterpret_cast<Prob*>(scores_)
+                           : scratch.take<Prob>(size_t(kSubRows) * kKeyBlock)),
         out_(scratch.take<A>(size_t(kMaxQueryTile) * v_cols_)),
-        softmax_(p, scratch, kMaxQueryTile, kKeyBlock) {}
+        softmax_(p, scratch, kMaxQueryTile, kSubRows, kKeyBlock) {}
 
   // Queries [i, i + rows) of head (b, h) against the keys in [keys.begin, keys.end).
   void run(int64_t b, int64_t h, int64_t i, int rows, KeyRange keys) {
@@ -79,10 +81,12 @@ class ForwardTile {
     tile_matmul<Into::kStore, Compute>({q_ + ptrdiff_t(r0) * d_elems_, d_elems_, 1},
                                        {k_ + begin / kWide * k_stride, k_stride}, scores_,
                                        kKeyBlock, rows, panels, d_elems_);
-    softmax(mod, i, r0, rows, j + begin, end - begin, width, spoils);
-    const Left<Compute> left{kDepth == 1 ? reinterpret_cast<const Elem*>(scores_)
-                                         : reinterpret_cast<const Elem*>(probs_),
-                             kKeyBlock / kDepth, 1};
+    const auto query = [&](int r) {
+      return typename OnlineSoftmax<A>::Query{mod, i + r0 + r};
+    };
+    softmax_.block(scores_, probs_, kKeyBlock, r0, rows, j + begin, end - begin, width, spoils,
+                   query);
+    const Left<Compute> left{reinterpret_cast<const Elem*>(probs_), kKeyBlock / kDepth, 1};
     const Panels<Compute> right{v_ + begin / kDepth * kWide, kValueStride};
     A* out = out_ + ptrdiff_t(r0) * v_cols_;
     const int depth = int(round_up(end - begin, kDepth) / kDepth);
@@ -96,26 +100,11 @@ class ForwardTile {
     }
   }
 
-  // scores_ -> probabilities relative to the new maxima; updates the running state.
-  void softmax(const ScoreMod<A>& mod, int64_t i, int r0, int rows, int64_t j, int n, int width,
-               bool spoils) {
-    for (int r = 0; r < rows; ++r) {
-      A* row = scores_ + ptrdiff_t(r) * kKeyBlock;
-      softmax_.row(mod, row, r0 + r, i + r0 + r, j, n, width, spoils);
-      if constexpr (kDepth == 2) {
-        T* half = probs_ + ptrdiff_t(r) * kKeyBlock;
-        constexpr int w = Vec<A>::kWidth;
-        for (int c = 0; c < width; c += w) store(half + c, load(row + c));
-      }
-    }
-    softmax_.fold(r0, rows);
-  }
-
   const AttentionParams& p_;
   const int d_elems_, v_cols_;  // elements along the head dim; columns of v, padded
   Elem *q_, *k_, *v_;
   A* scores_;   // (kSubRows, kKeyBlock)
-  T* probs_;    // the same, as pairs
+  Prob* probs_;  // the same, or a copy in bf16
   A* out_;      // (kMaxQueryTile, v_cols_)
   OnlineSoftmax<A> softmax_;
 };
