@@ -65,10 +65,6 @@ def _status_mb(field: str) -> float:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def _available_mb() -> float:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-
 def _case(peak: Peak, length: int) -> AttentionCase:
     dtype = getattr(torch, peak.dtype)
     return AttentionCase(
@@ -104,7 +100,7 @@ def _call(peak: Peak, length: int, backend: str | None) -> tuple[float, float, f
 def _fill(peak: Peak, backend: str | None) -> Peak:
     copies = 8 if peak.backward else 4  # of the S x S matrix that naive code holds at once
     needed = copies * HEADS * peak.length**2 * getattr(torch, peak.dtype).itemsize / 1e6
-    if peak.contender == NAIVE and needed > 0.8 * _available_mb():
+    if peak.contender == NAIVE and needed > 0.8e-6 * allocator.available_memory():
         peak.absent = f"would need about {needed / 1e3:.0f} GB"
         return peak
     _call(peak, 64, backend)  # threads, workspaces and code are there before the clock starts
