@@ -1,0 +1,5 @@
+#include "kernels.h"
+
+namespace fastattn {
+const char* const isa = FASTATTN_ISA;
+}

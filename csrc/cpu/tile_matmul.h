@@ -1,0 +1,337 @@
+// The matrix product that all of attention is made of: C (M, N) = A (M, K) . B (K, N) on tiles that
+// fit the caches. Lanes run along N; A is broadcast element by element, with any strides; B is packed
+// into panels of kPanel columns, [panel][k][kPanel], zero-padded, so that it is read in order.
+//
+// A Compute policy says what an element is: a float, a double, or (with AVX-512 BF16) a pair of
+// bf16 neighbours along K, which one instruction multiplies and adds in float32.
+#pragma once
+#include <algorithm>
+#include <cstddef>
+#include <type_traits>
+
+#include "vec.h"
+
+namespace fastattn {
+namespace {
+
+template <typename A>
+struct Fma {
+  using Acc = A;
+  using Elem = A;  // one element of an operand
+  using Operand = Vec<A>;
+  static constexpr int kDepth = 1;  // values along K in one element
+  static FASTATTN_INLINE Operand broadcast(const Elem* a) { return set1(*a); }
+  static FASTATTN_INLINE Operand load_b(const Elem* b) { return load(b); }
+  static FASTATTN_INLINE Vec<A> step(Operand a, Operand b, Vec<A> c) { return fma(a, b, c); }
+};
+
+#if defined(__AVX512BF16__)
+struct Bf16Pairs {
+  using Acc = float;
+  using Elem = uint32_t;
+  using Operand = __m512bh;
+  static constexpr int kDepth = 2;
+  static FASTATTN_INLINE Operand broadcast(const Elem* a) {
+    return (Operand)_mm512_set1_epi32(int(*a));
+  }
+  static FASTATTN_INLINE Operand load_b(const Elem* b) {
+    return (Operand)_mm512_loadu_si512(b);
+  }
+  static FASTATTN_INLINE VecF step(Operand a, Operand b, VecF c) {
+    return {_mm512_dpbf16_ps(c.v, a, b)};
+  }
+};
+#endif
+
+template <typename T>
+struct ComputeOf {
+  using type = Fma<Acc<T>>;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct ComputeOf<bf16> {
+  using type = Bf16Pairs;
+};
+#endif
+
+// Register tile: kRows x kPanel accumulators beside one broadcast and kPanel / width vectors of B.
+#if defined(FASTATTN_X86_VECTORS) && !defined(__AVX512F__)
+constexpr int kTileRows = 6;
+#elif defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kTileRows = 8;
+#else
+constexpr int kTileRows = 4;
+#endif
+template <typename A>
+constexpr int kPanel = 2 * Vec<A>::kWidth;
+
+FASTATTN_INLINE constexpr int64_t round_up(int64_t n, int64_t unit) {
+  return (n + unit - 1) / unit * unit;
+}
+
+enum class Into {
+  kStore,   // C = A . B
+  kAdd,     // C = C + A . B
+  kRescale  // C = factor[m] * C + A . B
+};
+
+// Accumulators are scalar variables: gcc keeps small arrays in loops on the stack.
+template <class Compute, int kRows, Into kInto>
+FASTATTN_INLINE void tile_matmul_step(const typename Compute::Elem* a, ptrdiff_t a_row,
+                                      ptrdiff_t a_k, const typename Compute::Elem* b,
+                                      typename Compute::Acc* c, ptrdiff_t c_row, int k_elems,
+                                      const typename Compute::Acc* factor) {
+  using A = typename Compute::Acc;
+  using V = Vec<A>;
+  constexpr int w = V::kWidth;
+#define FASTATTN_ROWS(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
+#define FASTATTN_ZERO(r) V c##r##0 = zero<A>(), c##r##1 = zero<A>();
+#define FASTATTN_STEP(r)                                       \
+  if constexpr (kRows > r) {                                   \
+    const auto x = Compute::broadcast(a + r * a_row);          \
+    c##r##0 = Compute::step(x, b0, c##r##0);                   \
+    c##r##1 = Compute::step(x, b1, c##r##1);                   \
+  }
+#define FASTATTN_WRITE(r)                                              \
+  if constexpr (kRows > r) {                                           \
+    A* p = c + r * c_row;                                              \
+    if constexpr (kInto == Into::kStore) {                             \
+      store(p, c##r##0);                                               \
+      store(p + w, c##r##1);                                           \
+    } else if constexpr (kInto == Into::kAdd) {                        \
+      store(p, load(p) + c##r##0);                                     \
+      store(p + w, load(p + w) + c##r##1);                             \
+    } else {                                                           \
+      const V f = set1(factor[r]);                                     \
+      store(p, fma(f, load(p), c##r##0));                              \
+      store(p + w, fma(f, load(p + w), c##r##1));                      \
+    }                                                                  \
+  }
+  FASTATTN_ROWS(FASTATTN_ZERO)
+  for (int k = 0; k < k_elems; ++k) {
+    const auto b0 = Compute::load_b(b), b1 = Compute::load_b(b + w);
+    FASTATTN_ROWS(FASTATTN_STEP)
+    a += a_k;
+    b += 2 * w;
+  }
+  FASTATTN_ROWS(FASTATTN_WRITE)
+#undef FASTATTN_ROWS
+#undef FASTATTN_ZERO
+#undef FASTATTN_STEP
+#undef FASTATTN_WRITE
+}
+
+template <class Compute, Into kInto, int kRows>
+FASTATTN_INLINE void tile_matmul_rest(int rows, const typename Compute::Elem* a, ptrdiff_t a_row,
+                                      ptrdiff_t a_k, const typename Compute::Elem* b,
+                                      typename Compute::Acc* c, ptrdiff_t c_row, int k_elems,
+                                      const typename Compute::Acc* factor) {
+  if constexpr (kRows > 0) {
+    if (rows == kRows)
+      tile_matmul_step<Compute, kRows, kInto>(a, a_row, a_k, b, c, c_row, k_elems, factor);
+    else
+      tile_matmul_rest<Compute, kInto, kRows - 1>(rows, a, a_row, a_k, b, c, c_row, k_elems,
+                                                  factor);
+  }
+}
+
+// A left operand: element (m, k) at data[m * row + k * depth].
+template <class Compute>
+struct Left {
+  const typename Compute::Elem* data;
+  ptrdiff_t row, depth;
+};
+// Packed panels, each k_elems x kPanel elements; `stride` elements from one panel to the next.
+template <class Compute>
+struct Panels {
+  const typename Compute::Elem* data;
+  ptrdiff_t stride;
+};
+
+// C has `rows` rows and `panels` * kPanel columns; factor is read for Into::kRescale only.
+template <Into kInto, class Compute>
+inline void tile_matmul(Left<Compute> a, Panels<Compute> b, typename Compute::Acc* c,
+                        ptrdiff_t c_row, int rows, int panels, int k_elems,
+                        const typename Compute::Acc* factor = nullptr) {
+  constexpr int width = kPanel<typename Compute::Acc>;
+  for (int p = 0; p < panels; ++p, b.data += b.stride, c += width) {
+    int r = 0;
+    for (; r + kTileRows <= rows; r += kTileRows)
+      tile_matmul_step<Compute, kTileRows, kInto>(a.data + r * a.row, a.row, a.depth, b.data,
+                                                  c + r * c_row, c_row, k_elems, factor + r);
+    tile_matmul_rest<Compute, kInto, kTileRows - 1>(rows - r, a.data + r * a.row, a.row, a.depth,
+                                                    b.data, c + r * c_row, c_row, k_elems,
+                                                    factor + r);
+  }
+}
+
+// As tile_matmul, for tiles that hold NaN or infinity beside masked elements: a zero in A adds
+// nothing, where 0 * NaN would spoil rows that do not see the element. Slow, and seldom called.
+template <class Compute>
+inline typename Compute::Acc elem_value(const typename Compute::Elem* e, int part) {
+  if constexpr (Compute::kDepth == 1) {
+    return *e;
+  } else {
+    return bits_to_float(part ? *e & 0xffff0000u : *e << 16);
+  }
+}
+template <class Compute>
+inline void tile_matmul_sparse(Left<Compute> a, Panels<Compute> b, typename Compute::Acc* c,
+                               ptrdiff_t c_row, int rows, int panels, int k_elems) {
+  using A = typename Compute::Acc;
+  constexpr int width = kPanel<A>;
+  for (int m = 0; m < rows; ++m)
+    for (int k = 0; k < k_elems; ++k)
+      for (int part = 0; part < Compute::kDepth; ++part) {
+        const A x = elem_value<Compute>(a.data + m * a.row + k * a.depth, part);
+        if (x == 0) continue;
+        for (int n = 0; n < panels * width; ++n) {
+          const auto* e = b.data + n / width * b.stride + k * width + n % width;
+          c[m * c_row + n] += x * elem_value<Compute>(e, part);
+        }
+      }
+}
+
+// ---- packing ------------------------------------------------------------------------------------
+
+// A matrix where it lies in a tensor.
+template <typename T>
+struct Source {
+  const T* data;
+  int64_t row, col;  // strides, in elements
+  const T* at(int64_t r, int64_t c) const { return data + r * row + c * col; }
+};
+
+template <typename T>
+inline bool all_finite(Source<T> s, int rows, int cols) {
+  for (int r = 0; r < rows; ++r) {
+    Acc<T> sum = 0;  // x * 0 is NaN for NaN and infinity
+    for (int c = 0; c < cols; ++c) sum += to_acc(*s.at(r, c)) * Acc<T>(0);
+    if (sum != 0) return false;
+  }
+  return true;
+}
+
+#if defined(__AVX512BF16__)
+FASTATTN_INLINE uint32_t make_pair(const bf16* first, const bf16* second) {
+  return (first ? first->bits : 0u) | uint32_t(second ? second->bits : 0u) << 16;
+}
+#endif
+
+// Left operand, row by row: (rows, cols) -> elements [row][round_up(cols, depth) / depth].
+template <class Compute, typename T>
+inline void pack_rows(typename Compute::Elem* dst, ptrdiff_t dst_row, Source<T> s, int rows,
+                      int cols) {
+  using A = typename Compute::Acc;
+  constexpr int w = Vec<A>::kWidth;
+  for (int r = 0; r < rows; ++r, dst += dst_row) {
+    const T* p = s.at(r, 0);
+    if constexpr (Compute::kDepth == 1) {
+      int c = 0;
+      if (s.col == 1) {
+        for (; c + w <= cols; c += w) store(dst + c, load(p + c));
+      }
+      for (; c < cols; ++c) dst[c] = to_acc(p[c * s.col]);
+    } else {
+#if defined(__AVX512BF16__)
+      if (s.col == 1) {
+        dst[(cols - 1) / 2] = 0;
+        std::memcpy(dst, p, size_t(cols) * sizeof(T));
+      } else {
+        for (int c = 0; c < cols; c += 2)
+          dst[c / 2] =
+              make_pair(p + c * s.col, c + 1 < cols ? p + (c + 1) * s.col : nullptr);
+      }
+#endif
+    }
+  }
+}
+
+// Right operand whose K runs down the source's rows: B (k, n) = source (k, n), k < rows, n < cols.
+// Columns are padded with zeros to whole panels, k to whole elements.
+template <class Compute, typename T>
+inline void pack_panels(typename Compute::Elem* dst, ptrdiff_t panel_stride, Source<T> s, int rows,
+                        int cols) {
+  using A = typename Compute::Acc;
+  constexpr int w = Vec<A>::kWidth, width = kPanel<A>;
+  for (int n0 = 0; n0 < cols; n0 += width, dst += panel_stride) {
+    const int n = std::min(width, cols - n0);
+    typename Compute::Elem* d = dst;
+    for (int k = 0; k < rows; k += Compute::kDepth, d += width) {
+      const T* p = s.at(k, n0);
+      if constexpr (Compute::kDepth == 1) {
+        if (n == width && s.col == 1) {
+          store(d, load(p));
+          store(d + w, load(p + w));
+        } else {
+          for (int c = 0; c < width; ++c) d[c] = c < n ? to_acc(p[c * s.col]) : A(0);
+        }
+      } else {
+#if defined(__AVX512BF16__)
+        const T* q = k + 1 < rows ? s.at(k + 1, n0) : nullptr;
+        if (n == width && s.col == 1) {
+          for (int c = 0; c < width; c += w) {
+            const __m512i even = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(p + c)));
+            const __m512i odd =
+                q ? _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(q + c)))
+                  : _mm512_setzero_si512();
+            _mm512_storeu_si512(d + c, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+          }
+        } else {
+          for (int c = 0; c < width; ++c)
+            d[c] = c < n ? make_pair(p + c * s.col, q ? q + c * s.col : nullptr) : 0;
+        }
+#endif
+      }
+    }
+  }
+}
+
+// Right operand whose K runs along the source's columns: B (k, n) = source (n, k), n < rows, k < cols.
+template <class Compute, typename T>
+inline void pack_panels_transposed(typename Compute::Elem* dst, ptrdiff_t panel_stride, Source<T> s,
+                                   int rows, int cols) {
+  using A = typename Compute::Acc;
+  using Elem = typename Compute::Elem;
+  constexpr int w = Vec<A>::kWidth, width = kPanel<A>, depth = Compute::kDepth;
+  for (int n0 = 0; n0 < rows; n0 += width, dst += panel_stride) {
+    for (int half = 0; half < width; half += w) {
+      const int n = std::min(w, rows - n0 - half);  // source rows in this vector; <= 0: padding
+      int k = 0;
+      if (n == w && s.col == 1) {
+        for (; k + w * depth <= cols; k += w * depth) {
+          Vec<A> x[w];
+          for (int i = 0; i < w; ++i) {
+            const T* p = s.at(n0 + half + i, k);
+            if constexpr (depth == 1) {
+              x[i] = load(p);
+            } else {
+              x[i] = load(reinterpret_cast<const A*>(p));  // pairs travel as 32-bit lanes
+            }
+          }
+          transpose(x);
+          for (int i = 0; i < w; ++i)
+            store(reinterpret_cast<A*>(dst + (k / depth + i) * width + half), x[i]);
+        }
+      }
+      for (; k < cols; k += depth) {
+        Elem* d = dst + k / depth * width + half;
+        for (int i = 0; i < w; ++i) {
+          if (i >= n) {
+            d[i] = 0;
+          } else if constexpr (depth == 1) {
+            d[i] = to_acc(*s.at(n0 + half + i, k));
+          } else {
+#if defined(__AVX512BF16__)
+            d[i] = make_pair(s.at(n0 + half + i, k),
+                             k + 1 < cols ? s.at(n0 + half + i, k + 1) : nullptr);
+#endif
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fastattn

@@ -1,0 +1,656 @@
+// The only file with intrinsics: one vector of floats or doubles per instruction set, behind one
+// interface, so that the kernels are written once. setup.py compiles each module with its own flags;
+// the compiler's predefined macros choose the implementation here.
+//
+//   Vec<A>       A is the accumulation type, float or double; Vec<A>::kWidth lanes
+//   load, store  any alignment; load_n, store_n touch only the first n lanes (the rest load as 0)
+//   the stored types float, double, bf16, f16 are widened by load and rounded (to nearest even) by store
+//   vmax(a, b), vmin(a, b)  return b when either is NaN, as x86 does: put what must survive second
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#include <immintrin.h>
+#define FASTATTN_X86_VECTORS 1
+#elif defined(__SSE2__) || defined(_M_X64)
+#include <emmintrin.h>
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+#if defined(_MSC_VER)
+#define FASTATTN_INLINE __forceinline
+#else
+#define FASTATTN_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace fastattn {
+namespace {  // one copy per module: modules for different instruction sets must never share code
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+template <typename T>
+struct AccOf {
+  using type = float;
+};
+template <>
+struct AccOf<double> {
+  using type = double;
+};
+template <typename T>
+using Acc = typename AccOf<T>::type;  // statistics and accumulation type of a stored type
+
+// ---- scalars ---------------------------------------------------------------------------------
+
+FASTATTN_INLINE float bits_to_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+FASTATTN_INLINE uint32_t float_to_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
+FASTATTN_INLINE float to_acc(float x) { return x; }
+FASTATTN_INLINE double to_acc(double x) { return x; }
+FASTATTN_INLINE float to_acc(bf16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
+FASTATTN_INLINE float to_acc(f16 x) {
+#if defined(FASTATTN_X86_VECTORS)
+  return _cvtsh_ss(x.bits);
+#else
+  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7fff;
+  if (magnitude >= 0x7c00) return bits_to_float(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
+  if (magnitude < 0x400) return bits_to_float(sign | float_to_bits(float(magnitude) * 0x1p-24f));
+  return bits_to_float(sign | (magnitude + (112 << 10)) << 13);
+#endif
+}
+
+template <typename T>
+FASTATTN_INLINE T from_acc(Acc<T> x) {
+  return x;
+}
+template <>
+FASTATTN_INLINE bf16 from_acc<bf16>(float x) {
+  const uint32_t bits = float_to_bits(x);
+  if (x != x) return {uint16_t(bits >> 16 | 0x40)};
+  return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+template <>
+FASTATTN_INLINE f16 from_acc<f16>(float x) {
+#if defined(FASTATTN_X86_VECTORS)
+  return {uint16_t(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT))};
+#else
+  const uint32_t bits = float_to_bits(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return {uint16_t(sign | 0x7e00)};
+  if (magnitude >= 0x477ff000) return {uint16_t(sign | 0x7c00)};  // rounds to 65536 or more
+  if (magnitude < 0x38800000) {                                   // subnormal: let the adder round
+    const float shifted = bits_to_float(magnitude) + 0.5f;
+    return {uint16_t(sign | (float_to_bits(shifted) - 0x3f000000))};
+  }
+  return {uint16_t(sign | (magnitude - (112 << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13)};
+#endif
+}
+
+// ---- the portable vector: fixed-size arrays that the compiler vectorises as it can --------------
+
+template <typename A>
+struct Vec {
+  static constexpr int kWidth = 16 / sizeof(A);
+  A lane[kWidth];
+};
+template <typename A>
+struct VecMask {
+  bool lane[Vec<A>::kWidth];
+};
+
+#define FASTATTN_LANES for (int i = 0; i < Vec<A>::kWidth; ++i)
+
+template <typename A>
+FASTATTN_INLINE Vec<A> set1(A x) {
+  Vec<A> r;
+  FASTATTN_LANES r.lane[i] = x;
+  return r;
+}
+template <typename A>
+FASTATTN_INLINE Vec<A> iota() {
+  Vec<A> r;
+  FASTATTN_LANES r.lane[i] = A(i);
+  return r;
+}
+template <typename T, typename A = Acc<T>>
+FASTATTN_INLINE Vec<A> load(const T* p) {
+  Vec<A> r;
+  FASTATTN_LANES r.lane[i] = to_acc(p[i]);
+  return r;
+}
+template <typename T, typename A = Acc<T>>
+FASTATTN_INLINE Vec<A> load_n(const T* p, int n) {
+  Vec<A> r;
+  FASTATTN_LANES r.lane[i] = i < n ? to_acc(p[i]) : A(0);
+  return r;
+}
+template <typename T, typename A = Acc<T>>
+FASTATTN_INLINE void store(T* p, Vec<A> x) {
+  FASTATTN_LANES p[i] = from_acc<T>(x.lane[i]);
+}
+template <typename T, typename A = Acc<T>>
+FASTATTN_INLINE void store_n(T* p, Vec<A> x, int n) {
+  for (int i = 0; i < n; ++i) p[i] = from_acc<T>(x.lane[i]);
+}
+#define FASTATTN_BINARY(name, expression)                 \
+  template <typename A>                                   \
+  FASTATTN_INLINE Vec<A> name(Vec<A> a, Vec<A> b) {       \
+    Vec<A> r;                                             \
+    FASTATTN_LANES r.lane[i] = expression;                \
+    return r;                                             \
+  }
+FASTATTN_BINARY(operator+, a.lane[i] + b.lane[i])
+FASTATTN_BINARY(operator-, a.lane[i] - b.lane[i])
+FASTATTN_BINARY(operator*, a.lane[i] * b.lane[i])
+FASTATTN_BINARY(operator/, a.lane[i] / b.lane[i])
+FASTATTN_BINARY(vmax, a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i])
+FASTATTN_BINARY(vmin, a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i])
+#undef FASTATTN_BINARY
+template <typename A>
+FASTATTN_INLINE Vec<A> fma(Vec<A> a, Vec<A> b, Vec<A> c) {
+  Vec<A> r;
+  FASTATTN_LANES r.lane[i] = a.lane[i] * b.lane[i] + c.lane[i];
+  return r;
+}
+template <typename A>
+FASTATTN_INLINE VecMask<A> less(Vec<A> a, Vec<A> b) {  // false where either is NaN
+  VecMask<A> r;
+  FASTATTN_LANES r.lane[i] = a.lane[i] < b.lane[i];
+  return r;
+}
+template <typename A>
+FASTATTN_INLINE VecMask<A> equal(Vec<A> a, Vec<A> b) {
+  VecMask<A> r;
+  FASTATTN_LANES r.lane[i] = a.lane[i] == b.lane[i];
+  return r;
+}
+template <typename A>
+FASTATTN_INLINE Vec<A> select(VecMask<A> m, Vec<A> yes, Vec<A> no) {
+  Vec<A> r;
+  FASTATTN_LANES r.lane[i] = m.lane[i] ? yes.lane[i] : no.lane[i];
+  return r;
+}
+template <typename A>
+FASTATTN_INLINE Vec<A> vabs(Vec<A> a) {
+  FASTATTN_LANES a.lane[i] = a.lane[i] < 0 ? -a.lane[i] : a.lane[i];
+  return a;
+}
+template <typename A>
+FASTATTN_INLINE A hsum(Vec<A> a) {
+  A r = 0;
+  FASTATTN_LANES r += a.lane[i];
+  return r;
+}
+template <typename A>
+FASTATTN_INLINE A hmax(Vec<A> a) {  // NaN if any lane is NaN
+  A r = a.lane[0];
+  FASTATTN_LANES r = (r > a.lane[i] || r != r) ? r : a.lane[i];
+  return r;
+}
+template <typename A>
+FASTATTN_INLINE A hmax_any(Vec<A> a) {  // unspecified if any lane is NaN
+  A r = a.lane[0];
+  FASTATTN_LANES r = r > a.lane[i] ? r : a.lane[i];
+  return r;
+}
+template <typename A>
+FASTATTN_INLINE void transpose(Vec<A> (&r)[Vec<A>::kWidth]) {
+  FASTATTN_LANES for (int j = 0; j < i; ++j) {
+    const A x = r[i].lane[j];
+    r[i].lane[j] = r[j].lane[i];
+    r[j].lane[i] = x;
+  }
+}
+// 2^x, to 2e-7 in float; 0 below the smallest normal, inf above the largest, NaN for NaN.
+FASTATTN_INLINE Vec<double> exp2(Vec<double> x) {
+  for (int i = 0; i < Vec<double>::kWidth; ++i) x.lane[i] = std::exp2(x.lane[i]);
+  return x;
+}
+template <typename A>
+FASTATTN_INLINE void stream(A* p, Vec<A> x) {
+  store(p, x);
+}
+template <typename A>
+FASTATTN_INLINE Vec<A> zero() {
+  return set1(A(0));
+}
+
+// The polynomial for 2^f on [-1/2, 1/2]: minimax with 2^0 = 1 exact, relative error 1e-7.
+constexpr float kExp2Poly[5] = {0.693147f, 0.24022242f, 0.055507336f, 0.009671513f, 0.0013264727f};
+
+#if !defined(FASTATTN_X86_VECTORS) && !(defined(__ARM_NEON) && defined(__aarch64__))
+FASTATTN_INLINE Vec<float> exp2(Vec<float> x) {
+  constexpr int n = Vec<float>::kWidth;
+  constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  for (int i = 0; i < n; ++i) {
+    const float c = x.lane[i] < -127.0f ? -127.0f : (x.lane[i] > 128.0f ? 128.0f : x.lane[i]);
+    const float whole = (c + magic) - magic, f = c - whole;
+    float p = kExp2Poly[4];
+    for (int k = 3; k >= 0; --k) p = p * f + kExp2Poly[k];
+    p = p * f + 1.0f;
+    const uint32_t shift = uint32_t(int32_t(whole == whole ? whole : 0.0f)) << 23;
+    const float y = bits_to_float(float_to_bits(p) + shift);
+    x.lane[i] = x.lane[i] < -126.0f ? 0.0f : y;
+  }
+  return x;
+}
+#endif
+
+#if defined(FASTATTN_X86_VECTORS) && !defined(__AVX512F__)
+// ---- AVX2 + FMA + F16C -------------------------------------------------------------------------
+template <>
+struct Vec<float> {
+  static constexpr int kWidth = 8;
+  __m256 v;
+};
+template <>
+struct VecMask<float> {
+  __m256 v;
+};
+using VecF = Vec<float>;
+
+template <>
+FASTATTN_INLINE VecF set1<float>(float x) {
+  return {_mm256_set1_ps(x)};
+}
+template <>
+FASTATTN_INLINE VecF iota<float>() {
+  return {_mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7)};
+}
+FASTATTN_INLINE __m256i first_lanes(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+FASTATTN_INLINE VecF widen(bf16, __m128i x) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16))};
+}
+FASTATTN_INLINE VecF widen(f16, __m128i x) { return {_mm256_cvtph_ps(x)}; }
+FASTATTN_INLINE __m128i narrow(bf16, VecF x) {
+  const __m256i bits = _mm256_castps_si256(x.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  __m256i r = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  r = _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(r), _mm256_castsi256_ps(quiet),
+                                           _mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q)));
+  r = _mm256_srli_epi32(r, 16);
+  return _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
+}
+FASTATTN_INLINE __m128i narrow(f16, VecF x) {
+  return _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT);
+}
+FASTATTN_INLINE VecF load(const float* p) { return {_mm256_loadu_ps(p)}; }
+FASTATTN_INLINE VecF load(const bf16* p) { return widen(bf16{}, _mm_loadu_si128((const __m128i*)p)); }
+FASTATTN_INLINE VecF load(const f16* p) { return widen(f16{}, _mm_loadu_si128((const __m128i*)p)); }
+FASTATTN_INLINE VecF load_n(const float* p, int n) { return {_mm256_maskload_ps(p, first_lanes(n))}; }
+template <typename Half>
+FASTATTN_INLINE VecF load_half_n(const Half* p, int n) {
+  Half copy[8] = {};
+  std::memcpy(copy, p, size_t(n) * 2);
+  return load(copy);
+}
+FASTATTN_INLINE VecF load_n(const bf16* p, int n) { return load_half_n(p, n); }
+FASTATTN_INLINE VecF load_n(const f16* p, int n) { return load_half_n(p, n); }
+FASTATTN_INLINE void store(float* p, VecF x) { _mm256_storeu_ps(p, x.v); }
+FASTATTN_INLINE void store(bf16* p, VecF x) { _mm_storeu_si128((__m128i*)p, narrow(bf16{}, x)); }
+FASTATTN_INLINE void store(f16* p, VecF x) { _mm_storeu_si128((__m128i*)p, narrow(f16{}, x)); }
+FASTATTN_INLINE void store_n(float* p, VecF x, int n) {
+  _mm256_maskstore_ps(p, first_lanes(n), x.v);
+}
+template <typename Half>
+FASTATTN_INLINE void store_half_n(Half* p, VecF x, int n) {
+  Half copy[8];
+  store(copy, x);
+  std::memcpy(p, copy, size_t(n) * 2);
+}
+FASTATTN_INLINE void store_n(bf16* p, VecF x, int n) { store_half_n(p, x, n); }
+FASTATTN_INLINE void store_n(f16* p, VecF x, int n) { store_half_n(p, x, n); }
+// Stores that pass by the cache; p must be aligned to the vector as stored.
+FASTATTN_INLINE void stream(float* p, VecF x) { _mm256_stream_ps(p, x.v); }
+FASTATTN_INLINE void stream(bf16* p, VecF x) { _mm_stream_si128((__m128i*)p, narrow(bf16{}, x)); }
+FASTATTN_INLINE void stream(f16* p, VecF x) { _mm_stream_si128((__m128i*)p, narrow(f16{}, x)); }
+FASTATTN_INLINE VecF operator+(VecF a, VecF b) { return {_mm256_add_ps(a.v, b.v)}; }
+FASTATTN_INLINE VecF operator-(VecF a, VecF b) { return {_mm256_sub_ps(a.v, b.v)}; }
+FASTATTN_INLINE VecF operator*(VecF a, VecF b) { return {_mm256_mul_ps(a.v, b.v)}; }
+FASTATTN_INLINE VecF operator/(VecF a, VecF b) { return {_mm256_div_ps(a.v, b.v)}; }
+FASTATTN_INLINE VecF vmax(VecF a, VecF b) { return {_mm256_max_ps(a.v, b.v)}; }
+FASTATTN_INLINE VecF vmin(VecF a, VecF b) { return {_mm256_min_ps(a.v, b.v)}; }
+FASTATTN_INLINE VecF fma(VecF a, VecF b, VecF c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+FASTATTN_INLINE VecMask<float> less(VecF a, VecF b) {
+  return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)};
+}
+FASTATTN_INLINE VecMask<float> equal(VecF a, VecF b) {
+  return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)};
+}
+FASTATTN_INLINE VecF select(VecMask<float> m, VecF yes, VecF no) {
+  return {_mm256_blendv_ps(no.v, yes.v, m.v)};
+}
+FASTATTN_INLINE VecF vabs(VecF a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+FASTATTN_INLINE float hsum(VecF a) {
+  __m128 r = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  r = _mm_add_ps(r, _mm_movehl_ps(r, r));
+  return _mm_cvtss_f32(_mm_add_ss(r, _mm_movehdup_ps(r)));
+}
+FASTATTN_INLINE void transpose(VecF (&r)[8]) {
+  __m256 a[8], b[8];
+  for (int i = 0; i < 4; ++i) {
+    a[2 * i] = _mm256_unpacklo_ps(r[2 * i].v, r[2 * i + 1].v);
+    a[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i].v, r[2 * i + 1].v);
+  }
+  for (int i = 0; i < 2; ++i) {
+    b[4 * i] = _mm256_shuffle_ps(a[4 * i], a[4 * i + 2], 0x44);
+    b[4 * i + 1] = _mm256_shuffle_ps(a[4 * i], a[4 * i + 2], 0xee);
+    b[4 * i + 2] = _mm256_shuffle_ps(a[4 * i + 1], a[4 * i + 3], 0x44);
+    b[4 * i + 3] = _mm256_shuffle_ps(a[4 * i + 1], a[4 * i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i].v = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
+    r[i + 4].v = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+  }
+}
+FASTATTN_INLINE float hmax_any(VecF a) {
+  __m128 r = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  r = _mm_max_ps(r, _mm_movehl_ps(r, r));
+  return _mm_cvtss_f32(_mm_max_ss(r, _mm_movehdup_ps(r)));
+}
+FASTATTN_INLINE VecF exp2(VecF x) {
+  // The bounds come first: NaN passes through.
+  const __m256 c =
+      _mm256_max_ps(_mm256_set1_ps(-127.0f), _mm256_min_ps(_mm256_set1_ps(128.0f), x.v));
+  const __m256 whole = _mm256_round_ps(c, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m256 f = _mm256_sub_ps(c, whole);
+  __m256 p = _mm256_set1_ps(kExp2Poly[4]);
+  for (int k = 3; k >= 0; --k) p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(kExp2Poly[k]));
+  p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(1.0f));
+  const __m256i shift = _mm256_slli_epi32(_mm256_cvtps_epi32(whole), 23);
+  const __m256 y = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), shift));
+  return {_mm256_andnot_ps(_mm256_cmp_ps(x.v, _mm256_set1_ps(-126.0f), _CMP_LT_OQ), y)};
+}
+#elif defined(FASTATTN_X86_VECTORS)
+// ---- AVX-512 F, BW, DQ, VL ------------------------------------------------------------------------
+template <>
+struct Vec<float> {
+  static constexpr int kWidth = 16;
+  __m512 v;
+};
+template <>
+struct VecMask<float> {
+  __mmask16 v;
+};
+using VecF = Vec<float>;
+
+template <>
+FASTATTN_INLINE VecF set1<float>(float x) {
+  return {_mm512_set1_ps(x)};
+}
+template <>
+FASTATTN_INLINE VecF iota<float>() {
+  return {_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)};
+}
+FASTATTN_INLINE __mmask16 first_lanes(int n) {
+  return n >= 16 ? __mmask16(0xffff) : __mmask16((1u << (n < 0 ? 0 : n)) - 1u);
+}
+FASTATTN_INLINE VecF widen(bf16, __m256i x) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))};
+}
+FASTATTN_INLINE VecF widen(f16, __m256i x) { return {_mm512_cvtph_ps(x)}; }
+FASTATTN_INLINE __m256i narrow(bf16, VecF x) {
+#if defined(__AVX512BF16__)
+  const __m256bh half = _mm512_cvtneps_pbh(x.v);
+  __m256i r;
+  std::memcpy(&r, &half, sizeof r);
+  return r;
+#else
+  const __m512i bits = _mm512_castps_si512(x.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i r = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  r = _mm512_mask_or_epi32(r, _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q), bits,
+                           _mm512_set1_epi32(0x400000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16));
+#endif
+}
+FASTATTN_INLINE __m256i narrow(f16, VecF x) {
+  return _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+FASTATTN_INLINE VecF load(const float* p) { return {_mm512_loadu_ps(p)}; }
+FASTATTN_INLINE VecF load(const bf16* p) {
+  return widen(bf16{}, _mm256_loadu_si256((const __m256i*)p));
+}
+FASTATTN_INLINE VecF load(const f16* p) {
+  return widen(f16{}, _mm256_loadu_si256((const __m256i*)p));
+}
+FASTATTN_INLINE VecF load_n(const float* p, int n) {
+  return {_mm512_maskz_loadu_ps(first_lanes(n), p)};
+}
+FASTATTN_INLINE VecF load_n(const bf16* p, int n) {
+  return widen(bf16{}, _mm256_maskz_loadu_epi16(first_lanes(n), p));
+}
+FASTATTN_INLINE VecF load_n(const f16* p, int n) {
+  return widen(f16{}, _mm256_maskz_loadu_epi16(first_lanes(n), p));
+}
+FASTATTN_INLINE void store(float* p, VecF x) { _mm512_storeu_ps(p, x.v); }
+FASTATTN_INLINE void store(bf16* p, VecF x) { _mm256_storeu_si256((__m256i*)p, narrow(bf16{}, x)); }
+FASTATTN_INLINE void store(f16* p, VecF x) { _mm256_storeu_si256((__m256i*)p, narrow(f16{}, x)); }
+FASTATTN_INLINE void store_n(float* p, VecF x, int n) {
+  _mm512_mask_storeu_ps(p, first_lanes(n), x.v);
+}
+FASTATTN_INLINE void store_n(bf16* p, VecF x, int n) {
+  _mm256_mask_storeu_epi16(p, first_lanes(n), narrow(bf16{}, x));
+}
+FASTATTN_INLINE void store_n(f16* p, VecF x, int n) {
+  _mm256_mask_storeu_epi16(p, first_lanes(n), narrow(f16{}, x));
+}
+FASTATTN_INLINE void stream(float* p, VecF x) { _mm512_stream_ps(p, x.v); }
+FASTATTN_INLINE void stream(bf16* p, VecF x) {
+  _mm256_stream_si256((__m256i*)p, narrow(bf16{}, x));
+}
+FASTATTN_INLINE void stream(f16* p, VecF x) { _mm256_stream_si256((__m256i*)p, narrow(f16{}, x)); }
+FASTATTN_INLINE VecF operator+(VecF a, VecF b) { return {_mm512_add_ps(a.v, b.v)}; }
+FASTATTN_INLINE VecF operator-(VecF a, VecF b) { return {_mm512_sub_ps(a.v, b.v)}; }
+FASTATTN_INLINE VecF operator*(VecF a, VecF b) { return {_mm512_mul_ps(a.v, b.v)}; }
+FASTATTN_INLINE VecF operator/(VecF a, VecF b) { return {_mm512_div_ps(a.v, b.v)}; }
+FASTATTN_INLINE VecF vmax(VecF a, VecF b) { return {_mm512_max_ps(a.v, b.v)}; }
+FASTATTN_INLINE VecF vmin(VecF a, VecF b) { return {_mm512_min_ps(a.v, b.v)}; }
+FASTATTN_INLINE VecF fma(VecF a, VecF b, VecF c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+FASTATTN_INLINE VecMask<float> less(VecF a, VecF b) {
+  return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)};
+}
+FASTATTN_INLINE VecMask<float> equal(VecF a, VecF b) {
+  return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)};
+}
+FASTATTN_INLINE VecF select(VecMask<float> m, VecF yes, VecF no) {
+  return {_mm512_mask_blend_ps(m.v, no.v, yes.v)};
+}
+FASTATTN_INLINE VecF vabs(VecF a) { return {_mm512_abs_ps(a.v)}; }
+FASTATTN_INLINE float hsum(VecF a) { return _mm512_reduce_add_ps(a.v); }
+FASTATTN_INLINE void transpose(VecF (&r)[16]) {
+  __m512 a[16], b[16];
+  for (int i = 0; i < 8; ++i) {
+    a[2 * i] = _mm512_unpacklo_ps(r[2 * i].v, r[2 * i + 1].v);
+    a[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i].v, r[2 * i + 1].v);
+  }
+  for (int i = 0; i < 4; ++i) {
+    b[4 * i] = _mm512_shuffle_ps(a[4 * i], a[4 * i + 2], 0x44);
+    b[4 * i + 1] = _mm512_shuffle_ps(a[4 * i], a[4 * i + 2], 0xee);
+    b[4 * i + 2] = _mm512_shuffle_ps(a[4 * i + 1], a[4 * i + 3], 0x44);
+    b[4 * i + 3] = _mm512_shuffle_ps(a[4 * i + 1], a[4 * i + 3], 0xee);
+  }
+  // b[4 g + c] holds, in its 128-bit lane l, column 4 l + c of rows 4 g to 4 g + 3.
+  for (int c = 0; c < 4; ++c) {
+    const __m512 lo01 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0x44);
+    const __m512 hi01 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0xee);
+    const __m512 lo23 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0x44);
+    const __m512 hi23 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0xee);
+    r[c].v = _mm512_shuffle_f32x4(lo01, lo23, 0x88);
+    r[4 + c].v = _mm512_shuffle_f32x4(lo01, lo23, 0xdd);
+    r[8 + c].v = _mm512_shuffle_f32x4(hi01, hi23, 0x88);
+    r[12 + c].v = _mm512_shuffle_f32x4(hi01, hi23, 0xdd);
+  }
+}
+FASTATTN_INLINE float hmax_any(VecF a) { return _mm512_reduce_max_ps(a.v); }
+FASTATTN_INLINE VecF exp2(VecF x) {
+  const __m512 c =
+      _mm512_max_ps(_mm512_set1_ps(-127.0f), _mm512_min_ps(_mm512_set1_ps(128.0f), x.v));
+  const __m512 whole = _mm512_roundscale_ps(c, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 f = _mm512_sub_ps(c, whole);
+  __m512 p = _mm512_set1_ps(kExp2Poly[4]);
+  for (int k = 3; k >= 0; --k) p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(kExp2Poly[k]));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
+  const __m512i shift = _mm512_slli_epi32(_mm512_cvtps_epi32(whole), 23);
+  const __m512i y = _mm512_add_epi32(_mm512_castps_si512(p), shift);
+  const __mmask16 keep = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  return {_mm512_castsi512_ps(_mm512_maskz_mov_epi32(keep, y))};
+}
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+// ---- Arm NEON (AArch64) ---------------------------------------------------------------------------
+template <>
+struct Vec<float> {
+  static constexpr int kWidth = 4;
+  float32x4_t v;
+};
+template <>
+struct VecMask<float> {
+  uint32x4_t v;
+};
+using VecF = Vec<float>;
+
+template <>
+FASTATTN_INLINE VecF set1<float>(float x) {
+  return {vdupq_n_f32(x)};
+}
+template <>
+FASTATTN_INLINE VecF iota<float>() {
+  const float lanes[4] = {0, 1, 2, 3};
+  return {vld1q_f32(lanes)};
+}
+FASTATTN_INLINE VecF widen(bf16, uint16x4_t x) {
+  return {vreinterpretq_f32_u32(vshll_n_u16(x, 16))};
+}
+FASTATTN_INLINE VecF widen(f16, uint16x4_t x) { return {vcvt_f32_f16(vreinterpret_f16_u16(x))}; }
+FASTATTN_INLINE uint16x4_t narrow(bf16, VecF x) {
+  const uint32x4_t bits = vreinterpretq_u32_f32(x.v);
+  const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+  const uint32x4_t rounded = vaddq_u32(vaddq_u32(bits, vdupq_n_u32(0x7fff)), odd);
+  const uint32x4_t quiet = vorrq_u32(bits, vdupq_n_u32(0x400000));
+  return vshrn_n_u32(vbslq_u32(vceqq_f32(x.v, x.v), rounded, quiet), 16);
+}
+FASTATTN_INLINE uint16x4_t narrow(f16, VecF x) {
+  return vreinterpret_u16_f16(vcvt_f16_f32(x.v));
+}
+FASTATTN_INLINE VecF load(const float* p) { return {vld1q_f32(p)}; }
+FASTATTN_INLINE VecF load(const bf16* p) { return widen(bf16{}, vld1_u16((const uint16_t*)p)); }
+FASTATTN_INLINE VecF load(const f16* p) { return widen(f16{}, vld1_u16((const uint16_t*)p)); }
+template <typename T>
+FASTATTN_INLINE VecF load_copy_n(const T* p, int n) {
+  T copy[4] = {};
+  std::memcpy(copy, p, size_t(n) * sizeof(T));
+  return load(copy);
+}
+FASTATTN_INLINE VecF load_n(const float* p, int n) { return load_copy_n(p, n); }
+FASTATTN_INLINE VecF load_n(const bf16* p, int n) { return load_copy_n(p, n); }
+FASTATTN_INLINE VecF load_n(const f16* p, int n) { return load_copy_n(p, n); }
+FASTATTN_INLINE void store(float* p, VecF x) { vst1q_f32(p, x.v); }
+FASTATTN_INLINE void store(bf16* p, VecF x) { vst1_u16((uint16_t*)p, narrow(bf16{}, x)); }
+FASTATTN_INLINE void store(f16* p, VecF x) { vst1_u16((uint16_t*)p, narrow(f16{}, x)); }
+template <typename T>
+FASTATTN_INLINE void store_copy_n(T* p, VecF x, int n) {
+  T copy[4];
+  store(copy, x);
+  std::memcpy(p, copy, size_t(n) * sizeof(T));
+}
+FASTATTN_INLINE void store_n(float* p, VecF x, int n) { store_copy_n(p, x, n); }
+FASTATTN_INLINE void store_n(bf16* p, VecF x, int n) { store_copy_n(p, x, n); }
+FASTATTN_INLINE void store_n(f16* p, VecF x, int n) { store_copy_n(p, x, n); }
+FASTATTN_INLINE void stream(float* p, VecF x) { store(p, x); }
+FASTATTN_INLINE void stream(bf16* p, VecF x) { store(p, x); }
+FASTATTN_INLINE void stream(f16* p, VecF x) { store(p, x); }
+FASTATTN_INLINE VecF operator+(VecF a, VecF b) { return {vaddq_f32(a.v, b.v)}; }
+FASTATTN_INLINE VecF operator-(VecF a, VecF b) { return {vsubq_f32(a.v, b.v)}; }
+FASTATTN_INLINE VecF operator*(VecF a, VecF b) { return {vmulq_f32(a.v, b.v)}; }
+FASTATTN_INLINE VecF operator/(VecF a, VecF b) { return {vdivq_f32(a.v, b.v)}; }
+// NEON's own maximum returns NaN when either side is NaN; the comparison gives the x86 rule.
+FASTATTN_INLINE VecF vmax(VecF a, VecF b) { return {vbslq_f32(vcgtq_f32(a.v, b.v), a.v, b.v)}; }
+FASTATTN_INLINE VecF vmin(VecF a, VecF b) { return {vbslq_f32(vcltq_f32(a.v, b.v), a.v, b.v)}; }
+FASTATTN_INLINE VecF fma(VecF a, VecF b, VecF c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
+FASTATTN_INLINE VecMask<float> less(VecF a, VecF b) { return {vcltq_f32(a.v, b.v)}; }
+FASTATTN_INLINE VecMask<float> equal(VecF a, VecF b) { return {vceqq_f32(a.v, b.v)}; }
+FASTATTN_INLINE VecF select(VecMask<float> m, VecF yes, VecF no) {
+  return {vbslq_f32(m.v, yes.v, no.v)};
+}
+FASTATTN_INLINE VecF vabs(VecF a) { return {vabsq_f32(a.v)}; }
+FASTATTN_INLINE float hsum(VecF a) { return vaddvq_f32(a.v); }
+FASTATTN_INLINE void transpose(VecF (&r)[4]) {
+  const float32x4x2_t a = vtrnq_f32(r[0].v, r[1].v), b = vtrnq_f32(r[2].v, r[3].v);
+  r[0].v = vcombine_f32(vget_low_f32(a.val[0]), vget_low_f32(b.val[0]));
+  r[1].v = vcombine_f32(vget_low_f32(a.val[1]), vget_low_f32(b.val[1]));
+  r[2].v = vcombine_f32(vget_high_f32(a.val[0]), vget_high_f32(b.val[0]));
+  r[3].v = vcombine_f32(vget_high_f32(a.val[1]), vget_high_f32(b.val[1]));
+}
+FASTATTN_INLINE float hmax_any(VecF a) { return vmaxvq_f32(a.v); }
+FASTATTN_INLINE VecF exp2(VecF x) {
+  const VecF c = vmax(set1(-127.0f), vmin(set1(128.0f), x));
+  const float32x4_t whole = vrndnq_f32(c.v);
+  const float32x4_t f = vsubq_f32(c.v, whole);
+  float32x4_t p = vdupq_n_f32(kExp2Poly[4]);
+  for (int k = 3; k >= 0; --k) p = vfmaq_f32(vdupq_n_f32(kExp2Poly[k]), p, f);
+  p = vfmaq_f32(vdupq_n_f32(1.0f), p, f);
+  const int32x4_t shift = vshlq_n_s32(vcvtnq_s32_f32(whole), 23);
+  const float32x4_t y = vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(p), shift));
+  return {vbslq_f32(vcltq_f32(x.v, vdupq_n_f32(-126.0f)), vdupq_n_f32(0.0f), y)};
+}
+#endif
+
+#if defined(FASTATTN_X86_VECTORS) || (defined(__ARM_NEON) && defined(__aarch64__))
+FASTATTN_INLINE float hmax(VecF a) {
+  float lane[VecF::kWidth];
+  store(lane, a);
+  float r = lane[0];
+  for (int i = 1; i < VecF::kWidth; ++i) r = (r > lane[i] || r != r) ? r : lane[i];
+  return r;
+}
+#endif
+
+// The least that keeps streaming stores ordered before the caller's next synchronisation.
+FASTATTN_INLINE void stream_fence() {
+#if defined(__SSE2__) || defined(_M_X64)
+  _mm_sfence();
+#endif
+}
+
+// ---- built on the interface above -------------------------------------------------------------
+
+constexpr double kLog2E = 1.44269504088896340736, kLn2 = 0.69314718055994530942;
+
+FASTATTN_INLINE Vec<double> vtanh(Vec<double> x) {
+  for (int i = 0; i < Vec<double>::kWidth; ++i) x.lane[i] = std::tanh(x.lane[i]);
+  return x;
+}
+// tanh to 2e-7 relative: an odd polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel.
+FASTATTN_INLINE Vec<float> vtanh(Vec<float> x) {
+  const Vec<float> a = vabs(x), z = x * x;
+  Vec<float> p = set1(-5.70498872745e-3f);
+  p = fma(p, z, set1(2.06390887954e-2f));
+  p = fma(p, z, set1(-5.37397155531e-2f));
+  p = fma(p, z, set1(1.33314422036e-1f));
+  p = fma(p, z, set1(-3.33332819422e-1f));
+  const Vec<float> near = fma(p * z, x, x);
+  const Vec<float> e = exp2(a * set1(float(2 * kLog2E)));
+  const Vec<float> far = set1(1.0f) - set1(2.0f) / (e + set1(1.0f));
+  const Vec<float> signed_far = select(less(x, set1(0.0f)), set1(0.0f) - far, far);
+  return select(less(a, set1(0.625f)), near, signed_far);
+}
+
+}  // namespace
+}  // namespace fastattn

@@ -1,0 +1,13 @@
+"""The backends, in order of preference: the first that can serve a call does."""
+
+from .base import Backend
+from .cpu import CpuBackend
+from .reference import ReferenceBackend
+
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend
+    for backend in (
+        CpuBackend(),
+        ReferenceBackend(),
+    )
+}

@@ -1,0 +1,396 @@
+"""Attention: the public functions, then their autograd.Function."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import dispatch, library, reference
+from ..backends.base import statistics_dtype
+from ..dispatch import Explanation, Request
+from ..spec import AttentionSpec, check_tensor
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    deterministic: bool | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact attention without the matrix of scores in memory (FlashAttention, arXiv:2205.14135).
+
+    All variants combine. The score of query i and key j is, in this order, ``scale * q_i.k_j``,
+    soft-capped, minus ALiBi, plus the bias, masked; its softmax over j, dropped out, weighs v.
+
+    Args:
+        q: (B, Hq, Sq, D), float32, bfloat16, float16 or float64, any strides.
+        k: (B, Hkv, Sk, D), as q; Hq a multiple of Hkv (GQA, arXiv:2305.13245).
+        v: (B, Hkv, Sk, Dv).
+        causal: True or "bottom_right": the last query sees every key, ``j <= i + Sk - Sq``;
+            "top_left": ``j <= i``, as torch's is_causal. They differ where Sq != Sk.
+        window: (left, right), how many keys a query sees on either side of its own position, the
+            diagonal being aligned as ``causal`` says, else bottom-right; -1 or None: no limit.
+        scale: of the dot products; None: 1 / sqrt(D).
+        softcap: ``softcap * tanh(score / softcap)`` (Gemma 2, arXiv:2408.00118); None or 0: off.
+        alibi_slopes: (Hq,) or (B, Hq): subtracts ``slope * |i + shift - j|`` (arXiv:2108.12409),
+            with the shift of the diagonal: Sk - Sq, or 0 for "top_left".
+        bias: broadcastable to (B, Hq, Sq, Sk); bool, a mask where True means attend; else float32
+            or q's dtype, added to the score, with a gradient in its own shape.
+        sinks: (Hq,) logits that join each row's softmax and have no value (arXiv:2309.17453).
+        dropout_p: in [0, 1], the share of probabilities to drop; seeded by torch.manual_seed.
+        return_lse: return (out, lse), lse (B, Hq, Sq) the log of each row's softmax denominator in
+            natural units, float32 (float64 for float64), differentiable.
+        deterministic: require bitwise repeatable results; None: as
+            ``torch.use_deterministic_algorithms`` has it.
+        backend: name one of ``fastattn.backends()``; None: the first that serves the call.
+
+    Returns:
+        out (B, Hq, Sq, Dv) in q's dtype. A query that sees no key gives 0 and lse -inf.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong, or the named backend does not serve the call.
+    """
+    if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
+        q, k, v, bias = _autocast(q, k, v, bias)
+    spec = AttentionSpec.of(
+        q, k, v, causal, window, scale, softcap, alibi_slopes, bias, sinks, dropout_p, deterministic
+    )
+    out, lse = _attention(q, k, v, bias, alibi_slopes, sinks, spec, deterministic, backend)
+    return (out, lse) if return_lse else out
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """torch.nn.functional.scaled_dot_product_attention, with a choice of backend.
+
+    Args:
+        query: (..., Hq, L, E), two dimensions (L, E) or more; leading dimensions broadcast.
+        key: (..., H, S, E).
+        value: (..., H, S, Ev).
+        attn_mask: broadcastable to (..., Hq, L, S); bool, True = attend; or float32 or query's
+            dtype, added to the scores.
+        dropout_p: in [0, 1].
+        is_causal: query i sees the keys j <= i (top-left), also where L != S.
+        scale: None: 1 / sqrt(E).
+        enable_gqa: allow Hq to be a multiple of H.
+        backend: name one of ``fastattn.backends()``; None: the first that serves the call.
+
+    Returns:
+        (..., Hq, L, Ev) in query's dtype.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong, or the named backend does not serve the call.
+    """
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        check_tensor(name, x)
+        if x.dim() < 2:
+            raise ValueError(f"{name}: expected at least 2 dimensions, got shape {tuple(x.shape)}")
+    if attn_mask is not None:
+        check_tensor("attn_mask", attn_mask)
+        if is_causal:
+            raise ValueError("attn_mask: expected None with is_causal=True, got a tensor")
+    lead = None
+    if query.dim() != 4 or query.shape[:2] != key.shape[:2] or query.shape[:2] != value.shape[:2]:
+        query, key, value, attn_mask, lead = _to_4d(query, key, value, attn_mask, enable_gqa)
+    if torch.is_autocast_enabled(query.device.type):
+        query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
+    spec = AttentionSpec.of(
+        query,
+        key,
+        value,
+        causal="top_left" if is_causal else False,
+        scale=scale,
+        bias=attn_mask,
+        dropout_p=dropout_p,
+        names=("query", "key", "value", "attn_mask"),
+    )
+    out, _ = _attention(query, key, value, attn_mask, None, None, spec, None, backend)
+    return out if lead is None else out.reshape(*lead, *out.shape[-2:])
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    deterministic: bool | None = None,
+    backend: str | None = None,
+) -> Explanation:
+    """Which backend serves ``attention`` with these arguments, and why the others do not.
+
+    Runs nothing. Print the result: the backend first, then one line for each that is known here.
+    Its ``backend`` is the name, its ``reasons`` the lists of reasons by name.
+    """
+    if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
+        q, k, v, bias = _autocast(q, k, v, bias)
+    spec = AttentionSpec.of(
+        q, k, v, causal, window, scale, softcap, alibi_slopes, bias, sinks, dropout_p, deterministic
+    )
+    needs_grad = _needs_grad(q, k, v, bias, alibi_slopes, sinks)
+    request = _request(q, k, v, bias, alibi_slopes, sinks, spec, deterministic, needs_grad)
+    return dispatch.explain(backend, request)
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    spec: AttentionSpec,
+    deterministic: bool | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a call that ``spec`` has found sound."""
+    needs_grad = _needs_grad(q, k, v, bias, alibi_slopes, sinks)
+    request = _request(q, k, v, bias, alibi_slopes, sinks, spec, deterministic, needs_grad)
+    chosen = dispatch.select(backend, request).name
+    arguments = (*op_arguments(q, k, v, bias, alibi_slopes, sinks, spec), chosen)
+    if not library.in_plain_eager():
+        return library.attention_forward(*arguments)
+    if needs_grad:
+        return AttentionFunction.apply(*arguments)
+    with library.below_autograd():
+        return library.attention_forward(*arguments)
+
+
+def op_arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    spec: AttentionSpec,
+) -> tuple[Any, ...]:
+    """The arguments of ``torch.ops.fastattn.attention_forward``, without its backend."""
+    mask, scale, softcap, dropout_p = spec
+    if alibi_slopes is not None:
+        alibi_slopes = alibi_slopes.to(statistics_dtype(q.dtype))
+        if _needs_grad(alibi_slopes):  # rare: no kernel has their gradient
+            bias, alibi_slopes = _alibi_as_bias(alibi_slopes, bias, mask.shift, q, k), None
+    if sinks is not None:
+        sinks = sinks.to(statistics_dtype(q.dtype)).contiguous()
+    if bias is not None and _needs_grad(bias) and _overlaps(bias):
+        bias = bias.contiguous()  # expanded by the caller: each element has a gradient of its own
+    seed = torch.randint(2**63 - 1, (), device=q.device) if dropout_p > 0.0 else None
+    return q, k, v, bias, alibi_slopes, sinks, seed, scale, softcap, *mask, dropout_p
+
+
+class AttentionFunction(torch.autograd.Function):
+    """Arguments of ``torch.ops.fastattn.attention_forward``; both outputs are differentiable."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        with library.below_autograd():
+            out, lse = library.attention_forward(*arguments)
+        ctx.save_for_backward(*arguments[:7], out, lse)
+        ctx.scalars = arguments[7:]
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        *inputs, out, lse = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        needs = [wanted[0], wanted[1], wanted[2], wanted[3], wanted[5]]
+        if dout is None:
+            dout = torch.zeros_like(out)
+        arguments = (dout, dlse, out, lse, needs, *inputs, *ctx.scalars)
+        if torch.is_grad_enabled():  # create_graph: through _differentiable_backward
+            grads = library.attention_backward(*arguments)
+        else:
+            with library.below_autograd():
+                grads = library.attention_backward(*arguments)
+        dq, dk, dv, dbias, dsinks = (
+            grad if need else None for grad, need in zip(grads, needs, strict=True)
+        )
+        return dq, dk, dv, dbias, None, dsinks, *(None,) * 8
+
+
+def _differentiable_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    needs: list[bool],
+    *arguments: Any,
+) -> tuple[Tensor, ...]:
+    """The backward as a composite of torch operations, for derivatives of any order.
+
+    It recomputes the forward from the inputs, of which ``out`` and ``lse`` are functions.
+    """
+    with torch.enable_grad():
+        # Views of the inputs, so that each counts once where one is computed from another.
+        inputs = [
+            x if x is None or not need else x.view_as(x) if x.requires_grad else _leaf(x)
+            for x, need in zip((*arguments[:4], arguments[5]), needs, strict=True)
+        ]
+        q, k, v, bias, sinks = inputs
+        call = library.attention_call(q, k, v, bias, arguments[4], sinks, *arguments[6:-1])
+        outputs: tuple[Tensor, ...] = reference.attention(call)
+        grads = torch.autograd.grad(
+            outputs if dlse is not None else outputs[:1],
+            [x for x, need in zip(inputs, needs, strict=True) if need],
+            (dout, dlse) if dlse is not None else (dout,),
+            create_graph=True,
+            materialize_grads=True,
+        )
+    wanted = iter(grads)
+    return tuple(next(wanted) if need else dout.new_empty(0) for need in needs)
+
+
+library.register_autograd(library.attention_forward, AttentionFunction.apply)
+library.register_autograd(library.attention_backward, _differentiable_backward)
+
+
+# ------------------------------------------------------------------------------------- the details
+
+
+def _leaf(x: Tensor) -> Tensor:
+    return x.detach().requires_grad_()
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    return any(x is not None and x.requires_grad for x in tensors)
+
+
+def _request(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    spec: AttentionSpec,
+    deterministic: bool | None,
+    needs_grad: bool,
+) -> Request:
+    flags: tuple[str, ...] = ()
+    if bias is not None:
+        flags += ("mask",) if bias.dtype is torch.bool else ("bias",)
+    if alibi_slopes is not None:
+        flags += ("alibi",)
+    if sinks is not None:
+        flags += ("sinks",)
+    if spec.softcap:
+        flags += ("softcap",)
+    if spec.dropout_p:
+        flags += ("dropout",)
+    if torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic:
+        flags += ("deterministic",)
+    return Request("attention", q.device, q.dtype, (q.shape, k.shape, v.shape), flags, needs_grad)
+
+
+def _autocast(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The casts of torch's own attention under autocast, except that a float32 bias stays."""
+    dtype = torch.get_autocast_dtype(q.device.type)
+
+    def cast(x: Any) -> Any:
+        eligible = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+        return x.to(dtype) if eligible else x
+
+    return cast(q), cast(k), cast(v), bias if _is_float32(bias) else cast(bias)
+
+
+def _is_float32(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dtype is torch.float32
+
+
+def _alibi_as_bias(slopes: Tensor, bias: Tensor | None, shift: int, q: Tensor, k: Tensor) -> Tensor:
+    distance = reference.alibi_distance(shift, q.shape[2], k.shape[2], slopes)
+    penalty = -slopes[..., None, None] * distance  # (H, Sq, Sk) or (B, H, Sq, Sk)
+    if bias is None:
+        return penalty
+    return torch.where(bias, penalty, -torch.inf) if bias.dtype is torch.bool else penalty + bias
+
+
+def _overlaps(x: Tensor) -> bool:
+    return any(x.stride(d) == 0 and x.shape[d] > 1 for d in range(x.dim()))
+
+
+def _to_4d(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[int, ...]]:
+    """Broadcasts and folds the leading dimensions to (batch, heads); last, the output's own."""
+    if enable_gqa and min(query.dim(), key.dim(), value.dim()) < 3:
+        raise ValueError(
+            "enable_gqa: expected inputs of at least 3 dimensions (heads, sequence, head_dim), "
+            f"got query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+        )
+    named = (("query", query), ("key", key), ("value", value))
+    heads, kv_heads = _heads(query), _broadcast(named[1:], slice(-3, -2)) or (1,)
+    if not enable_gqa and kv_heads != (1,):
+        heads = kv_heads = _broadcast(named, slice(-3, -2))
+    batch = _broadcast(named, slice(None, -3))
+
+    def fold(x: Tensor, heads: tuple[int, ...]) -> Tensor:
+        x = x.expand(*batch, *heads, *x.shape[-2:])
+        return x.reshape(-1 if x.numel() else math.prod(batch), *heads, *x.shape[-2:])
+
+    rank = max(query.dim(), key.dim(), value.dim())
+    lead = (*batch, *heads) if rank > 2 else ()
+    if attn_mask is not None and attn_mask.dim() > 2 and len(batch) > 1:
+        attn_mask = _expand_mask(attn_mask, (*batch, *heads))
+        attn_mask = attn_mask.reshape(-1, *heads, *attn_mask.shape[-2:])
+    return fold(query, heads), fold(key, kv_heads), fold(value, kv_heads), attn_mask, lead
+
+
+def _heads(x: Tensor) -> tuple[int, ...]:
+    return tuple(x.shape[-3:-2]) or (1,)
+
+
+def _broadcast(named: tuple[tuple[str, Tensor], ...], dims: slice) -> tuple[int, ...]:
+    try:
+        return tuple(torch.broadcast_shapes(*(x.shape[dims] for _, x in named)))
+    except RuntimeError:
+        got = ", ".join(f"{name} {tuple(x.shape)}" for name, x in named)
+        raise ValueError(f"query: expected leading dimensions that broadcast, got {got}") from None
+
+
+def _expand_mask(attn_mask: Tensor, lead: tuple[int, ...]) -> Tensor:
+    try:
+        return attn_mask.expand(*lead, *attn_mask.shape[-2:])
+    except RuntimeError:
+        raise ValueError(
+            f"attn_mask: expected leading dimensions that broadcast to {lead}, "
+            f"got {tuple(attn_mask.shape)}"
+        ) from None
