@@ -6,7 +6,7 @@
     python examples/train_lm.py ... --resume             # go on after a kill
 
 It writes to --out: metrics.json, loss.png, checkpoint.pt and, with BPE, tokenizer.json. Needs
-`pip install fastattn[bench]`.
+`pip install fastattn[examples]`.
 """
 
 from __future__ import annotations
@@ -124,6 +124,7 @@ def build_runs(args: argparse.Namespace, vocab_size: int) -> list[Run]:
             n_heads=args.heads,
             n_layers=args.layers,
             dropout=args.dropout,
+            tie_weights=False,  # with so few tokens and steps, a table of its own learns faster
             attention=attention,
         )
         torch.manual_seed(args.seed)
@@ -245,6 +246,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         console.print(f"resumed at step {first}")
 
     metrics = report(args, runs, unigram, targets.numel(), bytes_per_token)
+    metrics["resumed_at"] = first
     prompt, continuation = sample(runs[0], tokenizer, held_out, args)
     metrics["sample"] = {"prompt": prompt, "continuation": continuation}
     save_json(args.out / "metrics.json", metrics)

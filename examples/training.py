@@ -299,8 +299,11 @@ def load_checkpoint(path: Path, runs: list[Run], settings: dict[str, Any]) -> in
     """Put the runs back where the checkpoint has them; the steps done, 0 when there is none."""
     if not path.exists():
         return 0
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    saved = state["settings"]
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        saved = state["settings"]
+    except Exception as error:  # a broken pickle can raise anything
+        raise DataError(f"{path} is not a checkpoint of this script") from error
     changed = [k for k in sorted({*saved, *settings}) if saved.get(k) != settings.get(k)]
     if changed:
         differences = ", ".join(f"{k}: {saved.get(k)} then, {settings.get(k)} now" for k in changed)

@@ -31,9 +31,10 @@ def config(**fields):
 def build(model, seed=0, dtype=torch.float32, **fields):
     torch.manual_seed(seed)
     model = model(config(**fields)).to(dtype)
+    noise = torch.Generator().manual_seed(1)
     with torch.no_grad():  # away from the trivial start: unit weights, zero biases, tiny logits
         for p in model.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+            p.add_(0.1 * torch.randn(p.shape, generator=noise))
     return model
 
 
