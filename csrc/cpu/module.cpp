@@ -52,6 +52,11 @@ void bind(py::module_& m) {
   m.doc() = "fastattn CPU kernels for one instruction set.";
   m.attr("isa") = isa;
   m.def("usable_isas", &usable_isas);
+  m.def("attention_forward", [](const py::tuple& problem) {
+    const AttentionParams p = attention_params(problem);
+    const py::gil_scoped_release unlocked;
+    attention_forward(p);
+  });
 }
 
 }  // namespace

@@ -22,8 +22,10 @@
 #endif
 #if defined(_MSC_VER)
 #define FASTATTN_INLINE __forceinline
+#define FASTATTN_NOINLINE __declspec(noinline)
 #else
 #define FASTATTN_INLINE inline __attribute__((always_inline))
+#define FASTATTN_NOINLINE __attribute__((noinline))
 #endif
 
 namespace fastattn {

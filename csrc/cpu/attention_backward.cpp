@@ -1,0 +1,4 @@
+#include "kernels.h"
+namespace fastattn {
+void attention_backward(const AttentionParams&, const AttentionGrads&) {}
+}
