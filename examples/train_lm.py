@@ -41,7 +41,7 @@ from training import (
 
 from fastattn.models import LanguageModel, TransformerConfig, cross_entropy
 
-QUICK = {"attention": "both", "steps": 60}
+QUICK = {"attention": "both", "steps": 240}
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -53,14 +53,14 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse
     add("--data-mb", type=float, default=4.0, help="read at most so many megabytes [4]")
     add("--tokenizer", choices=("byte", "bpe"), default="byte")
     add("--vocab", type=positive, default=1024, help="BPE tokens [1024]")
-    add("--steps", type=positive, default=200)
+    add("--steps", type=positive, default=700)
     add("--batch", type=positive, default=4, help="sequences a step [4]")
-    add("--context", type=positive, default=512, help="tokens a sequence [512]")
-    add("--d-model", type=positive, default=192)
-    add("--layers", type=positive, default=4)
-    add("--heads", type=positive, default=3)
+    add("--context", type=positive, default=256, help="tokens a sequence [256]")
+    add("--d-model", type=positive, default=128)
+    add("--layers", type=positive, default=3)
+    add("--heads", type=positive, default=2)
     add("--dropout", type=float, default=0.0)
-    add("--lr", type=float, default=2e-3, help="the highest learning rate [2e-3]")
+    add("--lr", type=float, default=4e-3, help="the highest learning rate [4e-3]")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: autocast")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seed", type=int, default=0)

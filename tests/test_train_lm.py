@@ -19,7 +19,8 @@ sys.path.insert(0, str(EXAMPLES))
 import train_lm  # noqa: E402
 import training  # noqa: E402
 
-TINY = "--steps 30 --batch 2 --context 32 --d-model 32 --layers 2 --heads 2 --lr 5e-3".split()
+TINY = ["--steps=30", "--batch=2", "--context=32", "--lr=5e-3"]
+TINY += ["--d-model=32", "--layers=2", "--heads=2"]
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +35,7 @@ def one_thread():
 @pytest.fixture
 def text(tmp_path):
     """A text with something to learn: sums, with spelled-out digits."""
-    words = "zero one two three four five six seven eight nine".split()
+    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
     lines = (f"{words[i % 10]} and {words[i % 7]} is {i % 10 + i % 7}\n" for i in range(2000))
     path = tmp_path / "sums.txt"
     path.write_text("".join(lines))

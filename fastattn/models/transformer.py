@@ -15,8 +15,9 @@ Ainslie et al. 2023 (arXiv:2305.13245) for grouped key/value heads, Press and Wo
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -279,7 +280,7 @@ class Residual(nn.Module):
     flows through a stack is a pair (x, branch), and the stream is their sum.
     """
 
-    def __init__(self, config: TransformerConfig, sublayer: nn.Module):
+    def __init__(self, config: TransformerConfig, sublayer: MultiHeadAttention | FeedForward):
         super().__init__()
         self.pre = config.norm == "pre"
         self.norm = AddNorm(config)
@@ -331,6 +332,8 @@ def sinusoidal_positions(length: int, width: int) -> Tensor:
 
 class Embedding(nn.Module):
     """Tokens and their positions as vectors."""
+
+    table: Tensor  # (max_len, E), the sinusoids
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -456,8 +459,7 @@ def check_tokens(tokens: Tensor, config: TransformerConfig, seen: int = 0) -> No
         raise TypeError(f"tokens must be int64 or int32, got {tokens.dtype}")
     if seen + tokens.shape[1] > config.max_len:
         raise ValueError(
-            f"a sequence of {seen + tokens.shape[1]} tokens is longer than max_len "
-            f"{config.max_len}"
+            f"a sequence of {seen + tokens.shape[1]} tokens is longer than max_len {config.max_len}"
         )
 
 
@@ -656,17 +658,15 @@ class Sampler:
         return tokens.gather(-1, choice)[:, 0]
 
 
-class evaluating:  # noqa: N801, read as a statement: with evaluating(model)
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Switches dropout off for a while, and back on if it was."""
-
-    def __init__(self, model: nn.Module):
-        self.model, self.was_training = model, model.training
-
-    def __enter__(self) -> None:
-        self.model.eval()
-
-    def __exit__(self, *exception: object) -> None:
-        self.model.train(self.was_training)
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def decode(
@@ -680,13 +680,13 @@ def decode(
     """Add one token after the other to the prompt (B, P). next_logits(tokens, length) gives those
     that follow the first `length` tokens, of which `tokens` are what no cache holds yet.
     """
-    batch, length = prompt.shape
-    output = prompt.new_empty(batch, length + max_new_tokens)
-    output[:, :length] = prompt
+    batch, prompted = prompt.shape
+    output = prompt.new_empty(batch, prompted + max_new_tokens)
+    output[:, :prompted] = prompt
     stops = torch.tensor(list(stop_tokens), dtype=prompt.dtype, device=prompt.device)
     stopped = torch.zeros(batch, dtype=torch.bool, device=prompt.device)
     fed = 0
-    for length in range(length, length + max_new_tokens):
+    for length in range(prompted, prompted + max_new_tokens):
         chosen = choose(next_logits(output[:, fed:length], length))
         output[:, length] = torch.where(stopped, output[:, length - 1], chosen)
         fed = length if use_cache else 0
