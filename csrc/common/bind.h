@@ -85,4 +85,10 @@ inline AttentionParams attention_params(const py::tuple& t) {
   return p;
 }
 
+// (dout, dlse, delta, dq, dk, dv, dbias): views, but for the addresses dlse and delta.
+inline AttentionGrads attention_grads(const py::tuple& t) {
+  if (t.size() != 7) throw py::value_error("attention: expected 7 gradients");
+  return {view(t[0]), address(t[1]), address(t[2]), view(t[3]), view(t[4]), view(t[5]), view(t[6])};
+}
+
 }  // namespace fastattn
