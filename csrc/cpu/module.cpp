@@ -161,20 +161,11 @@ void bind(py::module_& m) {
   m.doc() = "fastattn CPU kernels for one instruction set.";
   m.attr("isa") = isa;
   m.def("usable_isas", &usable_isas);
-<<<<<<< HEAD
-  m.def("layer_norm_forward", &bind_layer_norm_forward);
-  m.def("layer_norm_backward", &bind_layer_norm_backward);
-  m.def("softmax_forward", &bind_softmax_forward);
-  m.def("softmax_backward", &bind_softmax_backward);
-=======
->>>>>>> main
   m.def("attention_forward", [](const py::tuple& problem) {
     const AttentionParams p = attention_params(problem);
     const py::gil_scoped_release unlocked;
     attention_forward(p);
   });
-<<<<<<< HEAD
-=======
   m.def("attention_backward", [](const py::tuple& problem, const py::tuple& gradients) {
     const AttentionParams p = attention_params(problem);
     const AttentionGrads g = attention_grads(gradients);
@@ -185,7 +176,6 @@ void bind(py::module_& m) {
   m.def("layer_norm_backward", &bind_layer_norm_backward);
   m.def("softmax_forward", &bind_softmax_forward);
   m.def("softmax_backward", &bind_softmax_backward);
->>>>>>> main
 }
 
 }  // namespace
