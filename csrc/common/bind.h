@@ -28,6 +28,8 @@ inline void* address(const py::handle& h) {
   return p;
 }
 
+inline void* pointer(int64_t address) { return reinterpret_cast<void*>(intptr_t(address)); }
+
 // (address, strides...), up to four strides, or None.
 inline View view(const py::object& o) {
   View v;
@@ -52,6 +54,41 @@ inline Dropout dropout(const py::object& o) {
   d.seed = PyLong_AsUnsignedLongLongMask(PyTuple_GET_ITEM(t.ptr(), 1));
   if (d.seed == uint64_t(-1) && PyErr_Occurred()) throw py::error_already_set();
   return d;
+}
+
+// The tuple that fastattn/backends/cpu.py makes of an AttentionCall.
+inline AttentionParams attention_params(const py::tuple& t) {
+  if (t.size() != 15) throw py::value_error("attention: expected 15 fields");
+  AttentionParams p;
+  p.dtype = static_cast<DType>(t[0].cast<int>());
+  int64_t n[7], mask[3];
+  int_tuple(t[1].cast<py::tuple>(), "shape", n);
+  p.shape = {n[0], n[1], n[2], n[3], n[4], n[5], n[6]};
+  p.q = view(t[2]);
+  p.k = view(t[3]);
+  p.v = view(t[4]);
+  p.out = view(t[5]);
+  p.lse = address(t[6]);
+  p.bias = view(t[7]);
+  p.bias_dtype = static_cast<DType>(t[8].cast<int>());
+  p.alibi_slopes = view(t[9]);
+  p.sinks = address(t[10]);
+  const auto score = t[11].cast<py::tuple>();
+  p.scale = score[0].cast<double>();
+  p.softcap = score[1].cast<double>();
+  int_tuple(t[12].cast<py::tuple>(), "mask", mask);
+  p.mask.left = mask[0];
+  p.mask.right = mask[1];
+  p.mask.shift = mask[2];
+  p.dropout = dropout(t[13]);
+  p.threads = t[14].cast<int>();
+  return p;
+}
+
+// (dout, dlse, delta, dq, dk, dv, dbias): views, but for the addresses dlse and delta.
+inline AttentionGrads attention_grads(const py::tuple& t) {
+  if (t.size() != 7) throw py::value_error("attention: expected 7 gradients");
+  return {view(t[0]), address(t[1]), address(t[2]), view(t[3]), view(t[4]), view(t[5]), view(t[6])};
 }
 
 }  // namespace fastattn

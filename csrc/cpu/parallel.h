@@ -50,8 +50,8 @@ void parallel(int threads, const Body& body) {
     const Body& body;
     const int threads;
     std::atomic<int> next{0};
-    std::mutex mutex;
-    std::exception_ptr error;
+    std::mutex mutex{};
+    std::exception_ptr error{};
 
     void work() {
       for (int t; (t = next.fetch_add(1, std::memory_order_relaxed)) < threads;) {

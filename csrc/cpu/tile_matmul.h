@@ -150,7 +150,7 @@ struct Panels {
 
 // C has `rows` rows and `panels` * kPanel columns; factor is read for Into::kRescale only.
 template <Into kInto, class Compute>
-inline void tile_matmul(Left<Compute> a, Panels<Compute> b, typename Compute::Acc* c,
+FASTATTN_NOINLINE void tile_matmul(Left<Compute> a, Panels<Compute> b, typename Compute::Acc* c,
                         ptrdiff_t c_row, int rows, int panels, int k_elems,
                         const typename Compute::Acc* factor = nullptr) {
   constexpr int width = kPanel<typename Compute::Acc>;
@@ -204,15 +204,27 @@ struct Source {
 
 template <typename T>
 inline bool all_finite(Source<T> s, int rows, int cols) {
+  // x * 0 is NaN for NaN and infinity, and the sums keep it.
+  using A = Acc<T>;
+  constexpr int w = Vec<A>::kWidth;
+  Vec<A> lanes = zero<A>();
+  A rest = 0;
   for (int r = 0; r < rows; ++r) {
-    Acc<T> sum = 0;  // x * 0 is NaN for NaN and infinity
-    for (int c = 0; c < cols; ++c) sum += to_acc(*s.at(r, c)) * Acc<T>(0);
-    if (sum != 0) return false;
+    int c = 0;
+    if (s.col == 1)
+      for (; c + w <= cols; c += w) lanes = fma(load(s.at(r, c)), zero<A>(), lanes);
+    for (; c < cols; ++c) rest += to_acc(*s.at(r, c)) * A(0);
   }
-  return true;
+  return hsum(lanes) + rest == 0;
 }
 
 #if defined(__AVX512BF16__)
+// dst[c] = (first[c], second[c]) in bf16.
+FASTATTN_INLINE void store_pairs(uint32_t* dst, VecF first, VecF second) {
+  const __m512i even = _mm512_cvtepu16_epi32(narrow(bf16{}, first));
+  const __m512i odd = _mm512_cvtepu16_epi32(narrow(bf16{}, second));
+  _mm512_storeu_si512(dst, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+}
 FASTATTN_INLINE uint32_t make_pair(const bf16* first, const bf16* second) {
   return (first ? first->bits : 0u) | uint32_t(second ? second->bits : 0u) << 16;
 }

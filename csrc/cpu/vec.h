@@ -22,8 +22,10 @@
 #endif
 #if defined(_MSC_VER)
 #define FASTATTN_INLINE __forceinline
+#define FASTATTN_NOINLINE __declspec(noinline)
 #else
 #define FASTATTN_INLINE inline __attribute__((always_inline))
+#define FASTATTN_NOINLINE __attribute__((noinline))
 #endif
 
 namespace fastattn {
@@ -215,7 +217,8 @@ FASTATTN_INLINE void transpose(Vec<A> (&r)[Vec<A>::kWidth]) {
     r[j].lane[i] = x;
   }
 }
-// 2^x, to 2e-7 in float; 0 below the smallest normal, inf above the largest, NaN for NaN.
+// 2^x, to 2e-7 in float; below the smallest normal 0 or a subnormal, inf above the largest, NaN for
+// NaN. exp2_below is for x < 128, or NaN: a little faster.
 FASTATTN_INLINE Vec<double> exp2(Vec<double> x) {
   for (int i = 0; i < Vec<double>::kWidth; ++i) x.lane[i] = std::exp2(x.lane[i]);
   return x;
@@ -229,25 +232,28 @@ FASTATTN_INLINE Vec<A> zero() {
   return set1(A(0));
 }
 
+FASTATTN_INLINE Vec<double> exp2_below(Vec<double> x) { return exp2(x); }
+
+// How the float versions work: x = n + f with n whole; 2^f by a polynomial whose exponent bits then
+// grow by n. Adding 1.5 * 2^23 rounds to n and leaves n in the low bits. x is first raised to
+// -127, where the exponent bits become those of exactly 0. exp2_below leaves out the bound above.
+constexpr float kRoundMagic = 12582912.0f;
 // The polynomial for 2^f on [-1/2, 1/2]: minimax with 2^0 = 1 exact, relative error 1e-7.
 constexpr float kExp2Poly[5] = {0.693147f, 0.24022242f, 0.055507336f, 0.009671513f, 0.0013264727f};
 
 #if !defined(FASTATTN_X86_VECTORS) && !(defined(__ARM_NEON) && defined(__aarch64__))
-FASTATTN_INLINE Vec<float> exp2(Vec<float> x) {
-  constexpr int n = Vec<float>::kWidth;
-  constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  for (int i = 0; i < n; ++i) {
-    const float c = x.lane[i] < -127.0f ? -127.0f : (x.lane[i] > 128.0f ? 128.0f : x.lane[i]);
-    const float whole = (c + magic) - magic, f = c - whole;
+FASTATTN_INLINE Vec<float> exp2_below(Vec<float> x) {
+  for (int i = 0; i < Vec<float>::kWidth; ++i) {
+    const float c = x.lane[i] < -127.0f ? -127.0f : x.lane[i];
+    const float rounded = c + kRoundMagic, f = c - (rounded - kRoundMagic);
     float p = kExp2Poly[4];
     for (int k = 3; k >= 0; --k) p = p * f + kExp2Poly[k];
     p = p * f + 1.0f;
-    const uint32_t shift = uint32_t(int32_t(whole == whole ? whole : 0.0f)) << 23;
-    const float y = bits_to_float(float_to_bits(p) + shift);
-    x.lane[i] = x.lane[i] < -126.0f ? 0.0f : y;
+    x.lane[i] = bits_to_float(float_to_bits(p) + (float_to_bits(rounded) << 23));
   }
   return x;
 }
+FASTATTN_INLINE Vec<float> exp2(Vec<float> x) { return exp2_below(vmin(set1(128.0f), x)); }
 #endif
 
 #if defined(FASTATTN_X86_VECTORS) && !defined(__AVX512F__)
@@ -365,18 +371,20 @@ FASTATTN_INLINE float hmax_any(VecF a) {
   r = _mm_max_ps(r, _mm_movehl_ps(r, r));
   return _mm_cvtss_f32(_mm_max_ss(r, _mm_movehdup_ps(r)));
 }
-FASTATTN_INLINE VecF exp2(VecF x) {
-  // The bounds come first: NaN passes through.
-  const __m256 c =
-      _mm256_max_ps(_mm256_set1_ps(-127.0f), _mm256_min_ps(_mm256_set1_ps(128.0f), x.v));
-  const __m256 whole = _mm256_round_ps(c, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m256 f = _mm256_sub_ps(c, whole);
+FASTATTN_INLINE VecF exp2_below(VecF x) {
+  const __m256 magic = _mm256_set1_ps(kRoundMagic);
+  const __m256 c = _mm256_max_ps(_mm256_set1_ps(-127.0f), x.v);
+  const __m256 rounded = _mm256_add_ps(c, magic);
+  const __m256 f = _mm256_sub_ps(c, _mm256_sub_ps(rounded, magic));
   __m256 p = _mm256_set1_ps(kExp2Poly[4]);
   for (int k = 3; k >= 0; --k) p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(kExp2Poly[k]));
   p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(1.0f));
-  const __m256i shift = _mm256_slli_epi32(_mm256_cvtps_epi32(whole), 23);
-  const __m256 y = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), shift));
-  return {_mm256_andnot_ps(_mm256_cmp_ps(x.v, _mm256_set1_ps(-126.0f), _CMP_LT_OQ), y)};
+  const __m256i shift = _mm256_slli_epi32(_mm256_castps_si256(rounded), 23);
+  return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), shift))};
+}
+FASTATTN_INLINE VecF exp2(VecF x) {
+  // The bound comes first: NaN passes through.
+  return exp2_below(VecF{_mm256_min_ps(_mm256_set1_ps(128.0f), x.v)});
 }
 #elif defined(FASTATTN_X86_VECTORS)
 // ---- AVX-512 F, BW, DQ, VL ------------------------------------------------------------------------
@@ -500,18 +508,19 @@ FASTATTN_INLINE void transpose(VecF (&r)[16]) {
   }
 }
 FASTATTN_INLINE float hmax_any(VecF a) { return _mm512_reduce_max_ps(a.v); }
-FASTATTN_INLINE VecF exp2(VecF x) {
-  const __m512 c =
-      _mm512_max_ps(_mm512_set1_ps(-127.0f), _mm512_min_ps(_mm512_set1_ps(128.0f), x.v));
-  const __m512 whole = _mm512_roundscale_ps(c, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 f = _mm512_sub_ps(c, whole);
+FASTATTN_INLINE VecF exp2_below(VecF x) {
+  const __m512 magic = _mm512_set1_ps(kRoundMagic);
+  const __m512 c = _mm512_max_ps(_mm512_set1_ps(-127.0f), x.v);
+  const __m512 rounded = _mm512_add_ps(c, magic);
+  const __m512 f = _mm512_sub_ps(c, _mm512_sub_ps(rounded, magic));
   __m512 p = _mm512_set1_ps(kExp2Poly[4]);
   for (int k = 3; k >= 0; --k) p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(kExp2Poly[k]));
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
-  const __m512i shift = _mm512_slli_epi32(_mm512_cvtps_epi32(whole), 23);
-  const __m512i y = _mm512_add_epi32(_mm512_castps_si512(p), shift);
-  const __mmask16 keep = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
-  return {_mm512_castsi512_ps(_mm512_maskz_mov_epi32(keep, y))};
+  const __m512i shift = _mm512_slli_epi32(_mm512_castps_si512(rounded), 23);
+  return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), shift))};
+}
+FASTATTN_INLINE VecF exp2(VecF x) {
+  return exp2_below(VecF{_mm512_min_ps(_mm512_set1_ps(128.0f), x.v)});
 }
 #elif defined(__ARM_NEON) && defined(__aarch64__)
 // ---- Arm NEON (AArch64) ---------------------------------------------------------------------------
@@ -599,17 +608,18 @@ FASTATTN_INLINE void transpose(VecF (&r)[4]) {
   r[3].v = vcombine_f32(vget_high_f32(a.val[1]), vget_high_f32(b.val[1]));
 }
 FASTATTN_INLINE float hmax_any(VecF a) { return vmaxvq_f32(a.v); }
-FASTATTN_INLINE VecF exp2(VecF x) {
-  const VecF c = vmax(set1(-127.0f), vmin(set1(128.0f), x));
-  const float32x4_t whole = vrndnq_f32(c.v);
-  const float32x4_t f = vsubq_f32(c.v, whole);
+FASTATTN_INLINE VecF exp2_below(VecF x) {
+  const float32x4_t magic = vdupq_n_f32(kRoundMagic);
+  const float32x4_t c = vmax(set1(-127.0f), x).v;
+  const float32x4_t rounded = vaddq_f32(c, magic);
+  const float32x4_t f = vsubq_f32(c, vsubq_f32(rounded, magic));
   float32x4_t p = vdupq_n_f32(kExp2Poly[4]);
   for (int k = 3; k >= 0; --k) p = vfmaq_f32(vdupq_n_f32(kExp2Poly[k]), p, f);
   p = vfmaq_f32(vdupq_n_f32(1.0f), p, f);
-  const int32x4_t shift = vshlq_n_s32(vcvtnq_s32_f32(whole), 23);
-  const float32x4_t y = vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(p), shift));
-  return {vbslq_f32(vcltq_f32(x.v, vdupq_n_f32(-126.0f)), vdupq_n_f32(0.0f), y)};
+  const int32x4_t shift = vshlq_n_s32(vreinterpretq_s32_f32(rounded), 23);
+  return {vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(p), shift))};
 }
+FASTATTN_INLINE VecF exp2(VecF x) { return exp2_below(vmin(set1(128.0f), x)); }
 #endif
 
 #if defined(FASTATTN_X86_VECTORS) || (defined(__ARM_NEON) && defined(__aarch64__))
@@ -621,6 +631,16 @@ FASTATTN_INLINE float hmax(VecF a) {
   return r;
 }
 #endif
+
+FASTATTN_INLINE void prefetch(const void* p) {
+#if defined(__GNUC__) || defined(__clang__)
+  __builtin_prefetch(p);
+#elif defined(_M_X64)
+  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+#else
+  (void)p;
+#endif
+}
 
 // The least that keeps streaming stores ordered before the caller's next synchronisation.
 FASTATTN_INLINE void stream_fence() {

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from .base import Backend
+import torch
+from torch import Tensor
+
+from .base import AttentionCall, Backend, Needs, empty_output, statistics_dtype
 
 if TYPE_CHECKING:
     from ..dispatch import Request
 
+# As in csrc/common/params.h.
+DTYPES = {
+    torch.float32: 0,
+    torch.float64: 1,
+    torch.bfloat16: 2,
+    torch.float16: 3,
+    torch.bool: 4,
+}
 ISAS = ("avx512bf16", "avx512", "avx2", "neon", "baseline")  # best first
 
 
@@ -36,10 +48,12 @@ def load_extension() -> tuple[ModuleType | None, str, str]:
         have = ", ".join(built) or f"none ({reason})"
         raise ImportError(f"FASTATTN_CPU_ISA={wanted!r} was not built; what was built: {have}")
 
-    for isa in [wanted] if wanted else [isa for isa in ISAS if isa in built]:
-        module = importlib.import_module(f"fastattn._cpu_{isa}")
-        if module.supported():
-            return module, isa, ""
+    if built:
+        # Only the plainest module may be imported before it is known what this processor runs.
+        usable = importlib.import_module(f"fastattn._cpu_{max(built, key=ISAS.index)}").usable_isas()
+        for isa in [wanted] if wanted else [isa for isa in ISAS if isa in built]:
+            if isa in usable:
+                return importlib.import_module(f"fastattn._cpu_{isa}"), isa, ""
     if wanted:
         raise ImportError(f"FASTATTN_CPU_ISA={wanted!r}: this CPU or its system does not have it")
     return None, "", reason or "no extension that was built runs on this CPU"
@@ -58,4 +72,97 @@ class CpuBackend(Backend):
         return self.isa
 
     def reasons(self, request: Request) -> list[str]:
-        return [f"{request.op} is not built yet"]
+        reasons = []
+        if request.device.type != "cpu":
+            reasons.append(f"needs a CPU tensor (got {request.device.type})")
+        if request.dtype not in DTYPES:
+            reasons.append(f"serves float32, float64, bfloat16 and float16 (got {request.dtype})")
+        if not request.op.startswith("attention"):
+            reasons.append(f"{request.op} is not built yet")
+        return reasons
+
+    def attention_forward(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        q = call.q
+        out = empty_output(q, call.v.shape[-1])
+        lse = torch.empty(q.shape[:3], dtype=statistics_dtype(q.dtype))
+        self.module.attention_forward(attention_problem(call, out, lse))
+        return out, lse
+
+    def attention_backward(
+        self,
+        call: AttentionCall,
+        dout: Tensor,
+        dlse: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        needs: Needs,
+    ) -> tuple[Tensor | None, ...]:
+        bias, sinks = call.bias, call.sinks
+        # With no keys, or no queries, nothing is summed and nothing written.
+        new = torch.zeros_like if 0 in (*call.q.shape, *call.k.shape) else torch.empty_like
+        dq, dk, dv = (
+            new(tensor) if need else None
+            for tensor, need in zip((call.q, call.k, call.v), needs, strict=False)
+        )
+        dbias = None
+        if needs[3]:
+            shape = [size if step else 1 for size, step in zip(bias.shape, bias.stride(), strict=True)]
+            dbias = lse.new_zeros(shape)  # zeros: whole tiles may be masked
+        delta = torch.empty_like(lse)
+        if dlse is not None:
+            dlse = dlse.to(lse.dtype).contiguous()
+        self.module.attention_backward(
+            attention_problem(call, out, lse),
+            (
+                view(dout),
+                0 if dlse is None else dlse.data_ptr(),
+                delta.data_ptr(),
+                None if dq is None else view(dq),
+                None if dk is None else view(dk),
+                None if dv is None else view(dv),
+                None if dbias is None else broadcast_view(dbias, bias),
+            ),
+        )
+        dsinks = None
+        if needs[4]:
+            # The sink's probability is exp(sink - lse); its value is zero, so its dp is too.
+            # One number gathers from every row: in float64, as the sum of many like the parts.
+            share = torch.exp(sinks.double()[:, None] - lse.double())
+            share = share.masked_fill(lse == -math.inf, 0.0)
+            dsinks = -(share * delta).sum((0, 2)).to(sinks.dtype)
+        return dq, dk, dv, None if dbias is None else dbias.to(bias.dtype), dsinks
+
+
+def view(tensor: Tensor) -> tuple[int, ...]:
+    return (tensor.data_ptr(), *tensor.stride())
+
+
+def broadcast_view(tensor: Tensor, like: Tensor) -> tuple[int, ...]:
+    """The view of ``tensor`` with stride 0 where ``like``, of which it is the gradient, has it."""
+    strides = (
+        step if other else 0 for step, other in zip(tensor.stride(), like.stride(), strict=True)
+    )
+    return (tensor.data_ptr(), *strides)
+
+
+def attention_problem(call: AttentionCall, out: Tensor, lse: Tensor) -> tuple:
+    """The fields of AttentionParams (csrc/common/params.h), in the order of bind.h."""
+    q, k, v, bias, sinks = call.q, call.k, call.v, call.bias, call.sinks
+    batch, heads, q_len, head_dim = q.shape
+    return (
+        DTYPES[q.dtype],
+        (batch, heads, k.shape[1], q_len, k.shape[2], head_dim, v.shape[3]),
+        view(q),
+        view(k),
+        view(v),
+        view(out),
+        lse.data_ptr(),
+        None if bias is None else view(bias),
+        DTYPES[torch.bool] if bias is None else DTYPES[bias.dtype],
+        None if call.alibi_slopes is None else view(call.alibi_slopes),
+        0 if sinks is None else sinks.data_ptr(),
+        (call.scale, call.softcap),
+        (call.left, call.right, call.shift),
+        None if call.seed is None else (call.dropout_p, call.seed.item()),
+        torch.get_num_threads(),
+    )

@@ -1,0 +1,153 @@
+// Attention forward: out = softmax(logits) . v and lse = log sum exp(logits), tile by tile with an
+// online softmax (Milakov and Gimelshein, 2018; Dao et al., "FlashAttention", 2022). A thread takes a
+// tile of queries through the keys they see; lanes are keys in S = Q . K^T and columns of v in P . V.
+#include "attention_decode.h"
+#include "attention_plan.h"
+#include "attention_results.h"
+#include "kernels.h"
+#include "online_softmax.h"
+#include "parallel.h"
+#include "scratch.h"
+#include "tile_matmul.h"
+
+namespace fastattn {
+namespace {
+
+constexpr int kKeyBlock = 128;                  // keys packed at a time
+constexpr int kSubRows = 4 * kTileRows;         // queries whose scores stay in L1
+constexpr int kMaxQueryTile = 8 * kSubRows;     // queries that share one packing of keys and values
+
+template <typename T>
+class ForwardTile {
+  using Compute = typename ComputeOf<T>::type;
+  using A = typename Compute::Acc;
+  using Elem = typename Compute::Elem;
+  static constexpr int kDepth = Compute::kDepth;
+  using Prob = std::conditional_t<kDepth == 1, A, T>;  // what P . V multiplies
+  static constexpr int kWide = kPanel<A>;
+
+ public:
+  ForwardTile(const AttentionParams& p, Scratch& scratch)
+      : p_(p),
+        d_elems_(int(round_up(p.shape.head_dim, kDepth) / kDepth)),
+        v_cols_(int(round_up(p.shape.v_dim, kWide))),
+        q_(scratch.take<Elem>(size_t(kMaxQueryTile) * d_elems_)),
+        k_(scratch.take<Elem>(size_t(kKeyBlock) * d_elems_)),
+        v_(scratch.take<Elem>(size_t(kKeyBlock / kDepth) * v_cols_)),
+        scores_(scratch.take<A>(size_t(kSubRows) * kKeyBlock)),
+        probs_(kDepth == 1 ? reinterpret_cast<Prob*>(scores_)
+                           : scratch.take<Prob>(size_t(kSubRows) * kKeyBlock)),
+        out_(scratch.take<A>(size_t(kMaxQueryTile) * v_cols_)),
+        softmax_(p, scratch, kMaxQueryTile, kSubRows, kKeyBlock) {}
+
+  // Queries [i, i + rows) of head (b, h) against the keys in [keys.begin, keys.end).
+  void run(int64_t b, int64_t h, int64_t i, int rows, KeyRange keys) {
+    const int64_t kv = h / p_.shape.group();
+    const Source<T> q{p_.q.at<const T>(b, h, i), p_.q.stride[2], p_.q.stride[3]};
+    pack_rows<Compute>(q_, d_elems_, q, rows, int(p_.shape.head_dim));
+    std::fill_n(out_, size_t(rows) * v_cols_, A(0));
+    softmax_.start(rows);
+    const ScoreMod<A> mod(p_, b, h);
+    for (int64_t j = keys.begin; j < keys.end; j += kKeyBlock) {
+      const int n = int(std::min<int64_t>(kKeyBlock, keys.end - j));
+      const Source<T> k{p_.k.at<const T>(b, kv, j), p_.k.stride[2], p_.k.stride[3]};
+      const Source<T> v{p_.v.at<const T>(b, kv, j), p_.v.stride[2], p_.v.stride[3]};
+      pack_panels_transposed<Compute>(k_, ptrdiff_t(d_elems_) * kWide, k, n,
+                                      int(p_.shape.head_dim));
+      pack_panels<Compute>(v_, kValueStride, v, n, int(p_.shape.v_dim));
+      const KeyRange full = p_.mask.all_keys(i, i + rows, p_.shape.k_len);
+      const bool hides = p_.bias || j < full.begin || j + n > full.end;
+      const bool spoils = hides && !all_finite(v, n, int(p_.shape.v_dim));
+      for (int r = 0; r < rows; r += kSubRows)
+        block(mod, i, r, std::min(kSubRows, rows - r), j, n, spoils);
+    }
+  }
+
+  const A* out() const { return out_; }  // (rows, out_stride()), unnormalised
+  int out_stride() const { return v_cols_; }
+  const OnlineSoftmax<A>& state() const { return softmax_; }
+
+ private:
+  static constexpr ptrdiff_t kValueStride = ptrdiff_t(kKeyBlock / kDepth) * kWide;
+
+  // Rows [r0, r0 + rows) of the tile against the packed keys [j, j + n).
+  void block(const ScoreMod<A>& mod, int64_t i, int r0, int rows, int64_t j, int n, bool spoils) {
+    const KeyRange seen = p_.mask.any_keys(i + r0, i + r0 + rows, p_.shape.k_len);
+    const int begin = int(std::max<int64_t>(seen.begin - j, 0) / kWide * kWide);
+    const int end = int(std::min<int64_t>(seen.end - j, n));
+    if (begin >= end) return;
+    const int panels = int(round_up(end - begin, kWide) / kWide), width = panels * kWide;
+    const ptrdiff_t k_stride = ptrdiff_t(d_elems_) * kWide;
+    tile_matmul<Into::kStore, Compute>({q_ + ptrdiff_t(r0) * d_elems_, d_elems_, 1},
+                                       {k_ + begin / kWide * k_stride, k_stride}, scores_,
+                                       kKeyBlock, rows, panels, d_elems_);
+    const auto query = [&](int r) {
+      return typename OnlineSoftmax<A>::Query{mod, i + r0 + r};
+    };
+    softmax_.block(scores_, probs_, kKeyBlock, r0, rows, j + begin, end - begin, width, spoils,
+                   query);
+    const Left<Compute> left{reinterpret_cast<const Elem*>(probs_), kKeyBlock / kDepth, 1};
+    const Panels<Compute> right{v_ + begin / kDepth * kWide, kValueStride};
+    A* out = out_ + ptrdiff_t(r0) * v_cols_;
+    const int depth = int(round_up(end - begin, kDepth) / kDepth);
+    if (spoils) {
+      for (int r = 0; r < rows; ++r)
+        for (int c = 0; c < v_cols_; ++c) out[r * v_cols_ + c] *= softmax_.factors(r0)[r];
+      tile_matmul_sparse(left, right, out, v_cols_, rows, v_cols_ / kWide, depth);
+    } else {
+      tile_matmul<Into::kRescale>(left, right, out, v_cols_, rows, v_cols_ / kWide, depth,
+                                  softmax_.factors(r0));
+    }
+  }
+
+  const AttentionParams& p_;
+  const int d_elems_, v_cols_;  // elements along the head dim; columns of v, padded
+  Elem *q_, *k_, *v_;
+  A* scores_;   // (kSubRows, kKeyBlock)
+  Prob* probs_;  // the same, or a copy in bf16
+  A* out_;      // (kMaxQueryTile, v_cols_)
+  OnlineSoftmax<A> softmax_;
+};
+
+template <typename T>
+void forward(const AttentionParams& p) {
+  const AttentionShape& s = p.shape;
+  const ForwardPlan plan(p, kSubRows, kMaxQueryTile, kKeyBlock);
+  ForwardResults<T> results(p, plan.splits);
+  parallel_dynamic(plan.items(), plan.threads, [&](int64_t item, int) {
+    const ForwardPlan::Item at = plan.item(item);
+    Scratch& scratch = scratch_of_this_thread();
+    if (plan.decode) {
+      DecodeTile<T> tile(p, scratch);
+      tile.run(at.b, at.h, at.keys);
+      for (int g = 0, r = 0; g < s.group(); ++g)
+        for (int i = 0; i < s.q_len; ++i, ++r)
+          results.put(at.split, at.b, at.h * s.group() + g, i,
+                      tile.out() + ptrdiff_t(r) * tile.out_stride(), tile.state().max(r),
+                      tile.state().sum(r));
+    } else {
+      ForwardTile<T> tile(p, scratch);
+      tile.run(at.b, at.h, at.i, at.rows, at.keys);
+      for (int r = 0; r < at.rows; ++r)
+        results.put(at.split, at.b, at.h, at.i + r,
+                    tile.out() + ptrdiff_t(r) * tile.out_stride(), tile.state().max(r),
+                    tile.state().sum(r));
+    }
+  });
+  if (plan.splits > 1) results.merge(plan.threads);
+}
+
+}  // namespace
+
+void attention_forward(const AttentionParams& p) {
+  if (p.shape.batch == 0 || p.shape.q_heads == 0 || p.shape.q_len == 0) return;
+  switch (p.dtype) {
+    case DType::kFloat32: return forward<float>(p);
+    case DType::kFloat64: return forward<double>(p);
+    case DType::kBFloat16: return forward<bf16>(p);
+    case DType::kFloat16: return forward<f16>(p);
+    case DType::kBool: return;
+  }
+}
+
+}  // namespace fastattn

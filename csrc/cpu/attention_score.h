@@ -1,0 +1,118 @@
+// From q.k to the logits that softmax sees, one row (one query, consecutive keys) at a time; the same
+// code serves forward, backward and decode. The order is the library's definition:
+//   scale -> softcap -> ALiBi -> bias -> mask
+#pragma once
+#include "params.h"
+#include "philox.h"
+#include "vec.h"
+
+namespace fastattn {
+namespace {
+
+// A row of the bias at (b, h, i), as the accumulation type; boolean: 0 where True, -inf where False.
+template <typename A>
+inline void load_bias_row(A* dst, const AttentionParams& p, int64_t b, int64_t h, int64_t i,
+                          int64_t j, int n) {
+  const int64_t at = b * p.bias.stride[0] + h * p.bias.stride[1] + i * p.bias.stride[2] +
+                     j * p.bias.stride[3];
+  const int64_t step = p.bias.stride[3];
+  constexpr int w = Vec<A>::kWidth;
+  const auto convert = [&](const auto* src) {
+    using T = std::decay_t<decltype(*src)>;
+    int c = 0;
+    if constexpr (std::is_same_v<Acc<T>, A>)
+      if (step == 1)
+        for (; c + w <= n; c += w) store(dst + c, load(src + c));
+    for (; c < n; ++c) dst[c] = A(to_acc(src[c * step]));
+  };
+  const char* data = static_cast<const char*>(p.bias.data);
+  switch (p.bias_dtype) {
+    case DType::kFloat32: return convert(reinterpret_cast<const float*>(data) + at);
+    case DType::kFloat64: return convert(reinterpret_cast<const double*>(data) + at);
+    case DType::kBFloat16: return convert(reinterpret_cast<const bf16*>(data) + at);
+    case DType::kFloat16: return convert(reinterpret_cast<const f16*>(data) + at);
+    case DType::kBool: {
+      constexpr A hidden = -std::numeric_limits<A>::infinity();
+      const uint8_t* src = reinterpret_cast<const uint8_t*>(data) + at;
+      for (int c = 0; c < n; ++c) dst[c] = src[c * step] ? A(0) : hidden;
+    }
+  }
+}
+
+// What turns scores into logits besides a plain scale and the mask.
+template <typename A>
+struct ScoreMod {
+  const AttentionParams& p;
+  int64_t b, h;
+  A slope;
+
+  ScoreMod(const AttentionParams& params, int64_t batch, int64_t head)
+      : p(params), b(batch), h(head), slope(0) {
+    if (p.alibi_slopes) slope = *p.alibi_slopes.at<const A>(b, h, 0);
+  }
+
+  // Is there anything to do that the plain path, logits = scale * scores with scale > 0, leaves out?
+  static bool needed(const AttentionParams& p) {
+    return p.softcap != 0 || p.alibi_slopes || p.bias || !(p.scale > 0);
+  }
+
+  // row[0..n): q_i . k_(j + c) -> logits, in natural units. n is padded to whole vectors; `scratch`
+  // holds n values. With `slope_out`, d logit / d score goes there (1 without a softcap, times scale).
+  template <bool kWithSlope>
+  void apply(A* row, A* scratch, A* slope_out, int64_t i, int64_t j, int n) const {
+    using V = Vec<A>;
+    constexpr int w = V::kWidth;
+    const V scale = set1(A(p.scale)), one = set1(A(1));
+    const bool capped = p.softcap != 0;
+    const V cap = set1(A(p.softcap)), inv_cap = set1(capped ? A(1 / p.softcap) : A(0));
+    if (p.bias) {
+      load_bias_row(scratch, p, b, h, i, j, int(std::min<int64_t>(n, p.shape.k_len - j)));
+      for (int64_t c = p.shape.k_len - j; c < n; ++c) scratch[c] = 0;
+    }
+    const V minus_slope = set1(-slope);
+    V distance = set1(A(j - i - p.mask.shift)) + iota<A>();
+    for (int c = 0; c < n; c += w) {
+      V t = load(row + c) * scale;
+      V derivative = scale;
+      if (capped) {
+        const V y = vtanh(t * inv_cap);
+        t = cap * y;
+        derivative = scale * (one - y * y);
+      }
+      if (p.alibi_slopes) {
+        t = fma(minus_slope, vabs(distance), t);
+        distance = distance + set1(A(w));
+      }
+      if (p.bias) t = t + load(scratch + c);
+      store(row + c, t);
+      if constexpr (kWithSlope) store(slope_out + c, derivative);
+    }
+  }
+};
+
+// row[0..n) *= keep / (1 - p), element (b, h, i, j + c): see csrc/common/philox.h. j need not be a
+// multiple of four; scratch holds round_up(n, 4) + 4 words.
+template <typename A>
+inline void drop_row(A* row, uint32_t* scratch, const Dropout& d, int64_t b, int64_t h, int64_t i,
+                     int64_t j, int n) {
+  const int64_t first = j >> 2, last = (j + n + 3) >> 2;
+  for (int64_t g = 0; g < last - first; ++g) {
+    const Philox r = Philox::at(d.seed, uint32_t(first + g), uint32_t(i), uint32_t(h), uint32_t(b));
+    for (int k = 0; k < 4; ++k) scratch[4 * g + k] = r.word[k];
+  }
+  const uint32_t threshold = dropout_threshold(d.p);
+  const A scale = d.p >= 1 ? A(0) : A(1 / (1 - d.p));
+  const uint32_t* word = scratch + (j & 3);
+  for (int c = 0; c < n; ++c) row[c] = word[c] >= threshold ? row[c] * scale : A(0);
+}
+
+// Fills with -inf what lies outside [begin, end) of row[0..n).
+template <typename A>
+inline void mask_row(A* row, int64_t begin, int64_t end, int n) {
+  constexpr A hidden = -std::numeric_limits<A>::infinity();
+  for (int c = 0; c < begin && c < n; ++c) row[c] = hidden;
+  for (int64_t c = std::max<int64_t>(end, 0); c < n; ++c) row[c] = hidden;
+}
+
+}  // namespace
+}  // namespace fastattn

@@ -1,0 +1,174 @@
+// The online softmax (Milakov and Gimelshein, 2018) of a tile of queries: a running maximum and sum
+// of each row; what was accumulated so far is rescaled by exp(max_before - max) at each new block.
+#pragma once
+#include "attention_score.h"
+#include "scratch.h"
+
+namespace fastattn {
+namespace {
+
+// The w vectors at rows[0], rows[w], ... as one vector: lane r is the reduction of vector r.
+template <typename A, typename Reduce>
+FASTATTN_INLINE Vec<A> reduce_rows(const A* rows, const Reduce& reduce) {
+  constexpr int w = Vec<A>::kWidth;
+  Vec<A> x[w];
+  for (int r = 0; r < w; ++r) x[r] = load(rows + r * w);
+  transpose(x);
+  for (int r = 1; r < w; ++r) x[0] = reduce(x[0], x[r]);
+  return x[0];
+}
+
+// Where ScoreMod has something to do, maxima are kept in natural units, which cannot overflow for
+// biases near the largest float; else in units of log2, with the scale folded into the exponent.
+template <typename A>
+class OnlineSoftmax {
+  using V = Vec<A>;
+  static constexpr int w = V::kWidth;
+  static constexpr A kHidden = -std::numeric_limits<A>::infinity();
+
+ public:
+  // For tiles of at most max_rows rows, of which block() sees at most block_rows at once, with at
+  // most max_keys keys.
+  OnlineSoftmax(const AttentionParams& p, Scratch& scratch, int max_rows, int block_rows,
+                int max_keys)
+      : p_(p),
+        modified_(ScoreMod<A>::needed(p)),
+        max_(scratch.take<A>(max_rows + w)),
+        sum_(scratch.take<A>(max_rows + w)),
+        factor_(scratch.take<A>(max_rows + w)),
+        reference_(scratch.take<A>(block_rows + w)),
+        lanes_(scratch.take<A>((block_rows + w) * w)),
+        bias_(scratch.take<A>(max_keys + w)),
+        words_(scratch.take<uint32_t>(max_keys + 8)),
+        visible_(scratch.take<bool>(block_rows * max_keys)) {}
+
+  void start(int rows) {
+    std::fill_n(max_, rows + w, kHidden);
+    std::fill_n(sum_, rows + w, A(0));
+  }
+
+  // What a row of the tile is: its query and how its scores become logits.
+  struct Query {
+    const ScoreMod<A>& mod;
+    int64_t i;
+  };
+
+  // Turns scores (rows, score_row) of rows [r0, r0 + rows) of the tile with keys [j, j + n) into
+  // p = exp(logit - max), unnormalised, with dropout, as type P at probs, which may be the scores;
+  // zeros from n to `width`, a multiple of the vector. query(r) describes row r of the block. With
+  // `mark`, what is seen never comes out as exactly 0 unless dropped: see tile_matmul_sparse.
+  template <typename P, typename QueryOf>
+  FASTATTN_NOINLINE void block(A* scores, P* probs, int score_row, int r0, int rows, int64_t j,
+                               int n, int width, bool mark, const QueryOf& query) {
+    for (int r = 0; r < rows; ++r) {
+      A* row = scores + ptrdiff_t(r) * score_row;
+      const Query q = query(r);
+      if (modified_) q.mod.template apply<false>(row, bias_, nullptr, q.i, j, (n + w - 1) / w * w);
+      const KeyRange sees = p_.mask.keys_of(q.i, p_.shape.k_len);
+      mask_row(row, sees.begin - j, std::min<int64_t>(sees.end - j, n), width);
+      if (mark)
+        for (int c = 0; c < n; ++c) visible_[r * n + c] = row[c] != kHidden;
+      V best = load(row);
+      for (int c = w; c < width; c += w) best = vmax(best, load(row + c));
+      store(lanes_ + r * w, best);
+    }
+    update_max(r0, rows);
+
+    const V factor = set1(modified_ ? A(kLog2E) : A(p_.scale * kLog2E));
+    const bool convert_later = mark || p_.dropout.p > 0;
+    for (int r = 0; r < rows; ++r) {
+      A* row = scores + ptrdiff_t(r) * score_row;
+      P* out = probs + ptrdiff_t(r) * score_row;
+      const V reference = set1(reference_[r]);
+      V total;
+      if (modified_) {
+        const auto exponent = [&](V s) { return (s - reference) * factor; };
+        total = convert_later ? exponentiate(row, row, width, exponent)
+                              : exponentiate(row, out, width, exponent);
+      } else {
+        const V minus = zero<A>() - reference;
+        const auto exponent = [&](V s) { return fma(s, factor, minus); };
+        total = convert_later ? exponentiate(row, row, width, exponent)
+                              : exponentiate(row, out, width, exponent);
+      }
+      store(lanes_ + r * w, total);
+      if (mark)
+        for (int c = 0; c < n; ++c)
+          if (visible_[r * n + c] && row[c] == 0) row[c] = std::numeric_limits<A>::min();
+      if (p_.dropout.p > 0) {
+        const Query q = query(r);
+        drop_row(row, words_, p_.dropout, q.mod.b, q.mod.h, q.i, j, n);
+      }
+      if constexpr (!std::is_same_v<P, A>)
+        if (convert_later)
+          for (int c = 0; c < width; c += w) store(out + c, load(row + c));
+    }
+    update_sum(r0, rows);
+  }
+
+  // What the results of row r0, ... before the last block() are to be multiplied by.
+  const A* factors(int r0) const { return factor_ + r0; }
+  // The maximum of the logits. In double: a rounding here would shift lse, and with it every
+  // probability that the backward makes of it. The divisor is the factor as it was rounded.
+  double max(int r) const {
+    return modified_ ? double(max_[r]) : max_[r] * (p_.scale / double(A(p_.scale * kLog2E)));
+  }
+  A sum(int r) const { return sum_[r]; }  // of exp(logit - max)
+
+ private:
+  template <typename P, typename Exponent>
+  static FASTATTN_INLINE V exponentiate(const A* row, P* out, int width, const Exponent& exponent) {
+    V even = zero<A>(), odd = zero<A>();
+    int c = 0;
+    for (; c + 2 * w <= width; c += 2 * w) {
+      const V p = exp2_below(exponent(load(row + c))), q = exp2_below(exponent(load(row + c + w)));
+      even = even + p;
+      odd = odd + q;
+      store(out + c, p);
+      store(out + c + w, q);
+    }
+    for (; c < width; c += w) {
+      const V p = exp2_below(exponent(load(row + c)));
+      even = even + p;
+      store(out + c, p);
+    }
+    return even + odd;
+  }
+
+  // Rows beyond the last are carried along as garbage in the padding, and overwritten later.
+  void update_max(int r0, int rows) {
+    const V hidden = set1(kHidden), unit = set1(modified_ ? A(1) : A(p_.scale * kLog2E));
+    const V to_log2 = set1(modified_ ? A(kLog2E) : A(1));
+    for (int r = 0; r < rows; r += w) {
+      const int live = std::min(w, rows - r);
+      const V block = reduce_rows(lanes_ + r * w, [](V a, V b) { return vmax(a, b); }) * unit;
+      const V before = load_n(max_ + r0 + r, live);
+      const V now = vmax(block, before);
+      // No change, also from -inf to -inf: a factor of 1.
+      const V step = select(equal(now, before), zero<A>(), (before - now) * to_log2);
+      store_n(max_ + r0 + r, now, live);
+      store_n(factor_ + r0 + r, exp2_below(step), live);
+      // A row that has seen nothing yet is all -inf: any finite reference turns it into zeros.
+      store(reference_ + r, select(equal(now, hidden), zero<A>(), now));
+    }
+  }
+  void update_sum(int r0, int rows) {
+    for (int r = 0; r < rows; r += w) {
+      const int live = std::min(w, rows - r);
+      const V block = reduce_rows(lanes_ + r * w, [](V a, V b) { return a + b; });
+      const V before = load_n(sum_ + r0 + r, live);
+      store_n(sum_ + r0 + r, fma(load_n(factor_ + r0 + r, live), before, block), live);
+    }
+  }
+
+  const AttentionParams& p_;
+  const bool modified_;
+  A *max_, *sum_, *factor_;   // of the tile
+  A *reference_, *lanes_;     // of the block: maxima, and per-lane maxima or sums
+  A* bias_;
+  uint32_t* words_;
+  bool* visible_;
+};
+
+}  // namespace
+}  // namespace fastattn

@@ -1,0 +1,7 @@
+"""python -m fastattn: the same as the command `fastattn`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

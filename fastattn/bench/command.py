@@ -1,0 +1,149 @@
+"""`fastattn bench`: choose, run, report."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+
+import torch
+
+from ..console import BAD, DIM, EXTRAS, Console
+from . import allocator, ceilings, compare, html, machine, memory, plots, report, table, transformer
+from .results import Peak, Report, Result
+from .runner import Options, Runner
+from .table import Benchmark
+from .transformer import TransformerBenchmark
+
+QUICK_BUDGET_S, FULL_BUDGET_S = 0.35, 2.0
+
+
+def bench(console: Console, options: argparse.Namespace) -> int:
+    try:
+        if options.html:
+            plots.require_matplotlib()
+        old = Report.load(options.compare) if options.compare else None
+    except (ImportError, ValueError) as error:
+        console.line(f"fastattn bench: {error}", BAD)
+        return 2
+    if console.rich is None:
+        console.line(f"plain tables and no progress bar; for more: {EXTRAS}")
+
+    kernels = table.choose(options.full, options.op, options.dtype, options.case)
+    models = choose_transformers(options)
+    if options.list:
+        for kernel in kernels:
+            console.line(kernel.id + (f"  goal {kernel.goal:g}x" if kernel.goal else ""))
+        for model in models:
+            console.line(model.id)
+        return 0
+    if not kernels and not models:
+        console.line("fastattn bench: no benchmark matches; see fastattn bench --list", BAD)
+        return 2
+
+    outcome = run(console, options, kernels, models)
+    report.show(console, outcome)
+    if old:
+        compare.show(console, old, outcome)
+    if options.json:
+        outcome.save(options.json)
+    if options.html:
+        html.save(outcome, options.html)
+    for path in (options.json, options.html):
+        if path:
+            console.line(f"wrote {path}", DIM)
+    return 1 if any(result.failure for result in outcome.results) else 0
+
+
+def choose_transformers(options: argparse.Namespace) -> list[TransformerBenchmark]:
+    if options.op not in (None, "transformer") or options.dtype not in (None, "float32"):
+        return []
+    pattern = options.case
+    return [
+        b
+        for b in transformer.BENCHMARKS
+        if (table.matches(pattern, b.id) if pattern else options.full or b.quick)
+    ]
+
+
+def run(
+    console: Console,
+    options: argparse.Namespace,
+    kernels: list[Benchmark],
+    models: list[TransformerBenchmark],
+) -> Report:
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    started = time.monotonic()
+    others = machine.Others()
+    budget_s = FULL_BUDGET_S if options.full else QUICK_BUDGET_S
+    # Memory is shown for whole runs only: a filter asks for something else.
+    filtered = options.op not in (None, "attention") or options.dtype or options.case
+    peaks = [] if filtered else memory.jobs(options.full)
+    outcome = Report(preset="full" if options.full else "quick", machine=machine.describe())
+    outcome.started = time.strftime("%Y-%m-%d %H:%M:%S %z")
+    outcome.allocator = allocator.describe(allocator.reuse_memory())
+
+    total = 2 + len(kernels) + len(models) + len(peaks)
+    with console.progress(total, "bench") as advance:
+        advance("ceilings of this machine")
+        roofs = ceilings.measure()
+        settings = Options(
+            threads=torch.get_num_threads(),
+            budget_s=budget_s,
+            backend=options.backend,
+            flex=options.flex or options.full,
+        )
+        runner = Runner(settings)
+        for result in _results(runner, kernels, models, budget_s):
+            outcome.results.append(result)
+            advance(result.id)
+        for peak in _peaks(peaks, settings):
+            outcome.memory.append(peak)
+            advance(f"memory of {peak.contender} at S {peak.length}")
+        # Once more, at the other end of the run: a roof must not come from a disturbed moment.
+        roofs = roofs.or_better(ceilings.measure())
+        advance("ceilings of this machine")
+    outcome.ceilings = roofs.to_json()
+    for result in outcome.results:
+        roofs.hold_against(result)
+    outcome.machine["others"] = others.share()
+    outcome.seconds = time.monotonic() - started
+    outcome.notes = notes(outcome)
+    return outcome
+
+
+def _results(
+    runner: Runner, kernels: list[Benchmark], models: list[TransformerBenchmark], budget_s: float
+) -> Iterator[Result]:
+    yield from runner.run_all(kernels)
+    for model in models:
+        yield transformer.run(model, budget_s)
+
+
+def _peaks(planned: list[Peak], settings: Options) -> Iterator[Peak]:
+    if planned:
+        yield from memory.measure(planned, settings.threads, settings.backend)
+
+
+def notes(outcome: Report) -> list[str]:
+    """What a reader must know to trust the figures."""
+    lines = []
+    others = outcome.machine["others"]
+    if others is not None and others > 0.05:
+        lines.append(f"other processes took {others:.0%} of this machine: do not trust these times")
+    served = sorted({r.backend for r in outcome.results if r.backend})
+    if served:
+        lines.append(f"backend that served: {', '.join(served)}")
+    if served == ["reference"]:
+        lines.append("only the reference backend runs here, so nothing is expected to be faster")
+    longest = max((p.length for p in outcome.memory), default=0)
+    for peak in outcome.memory:
+        ours = peak.contender == "ours" and peak.length == longest and not peak.backward
+        if ours and peak.extra_mb is not None:
+            limit = "under" if peak.extra_mb < 64 else "NOT under"
+            lines.append(
+                f"memory beyond inputs and outputs at S {longest}: {peak.extra_mb:.1f} MB, "
+                f"{limit} the limit of 64 MB"
+            )
+    return lines

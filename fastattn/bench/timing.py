@@ -1,0 +1,80 @@
+"""Interleaved timing: contenders take turns, so that a slow second of the machine hits them all."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+Call = Callable[[], object]
+
+SHORTEST_SAMPLE_S = 2e-3
+MIN_ROUNDS, MAX_ROUNDS, GUEST_ROUNDS = 5, 60, 3
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call: the median, the least and the most of the rounds."""
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+
+    @classmethod
+    def of(cls, samples: list[float]) -> Timing:
+        return cls(statistics.median(samples), min(samples), max(samples), len(samples))
+
+    def to_json(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def _sample(call: Call, repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def interleave(
+    calls: dict[str, Call], budget_s: float, guests: frozenset[str] = frozenset()
+) -> dict[str, list[float]]:
+    """Seconds a call of every contender, by round: A B C, then C B A, then A B C ...
+
+    Rounds go on for about `budget_s`. Guests, which may be many times slower and whose ratio
+    nobody's goal depends on, take part in the first three only.
+    """
+    repeats, slow = {}, False
+    for name, call in calls.items():
+        seconds = _sample(call, 1)  # warm up: threads, workspaces, pages
+        if seconds < 0.05:
+            seconds = _sample(call, 1)
+        repeats[name] = max(1, round(SHORTEST_SAMPLE_S / max(seconds, 1e-7)))
+        slow = slow or seconds > 1.0
+    least = 3 if slow else MIN_ROUNDS
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        spent = 0.0
+        for turn in range(MAX_ROUNDS):
+            if turn >= least and spent > budget_s:
+                break
+            for name in names if turn % 2 == 0 else reversed(names):
+                if name in guests and turn >= (1 if slow else GUEST_ROUNDS):
+                    continue
+                seconds = _sample(calls[name], repeats[name])
+                samples[name].append(seconds)
+                spent += seconds * repeats[name]
+    finally:
+        if enabled:
+            gc.enable()
+    return samples
+
+
+def ratio(over: list[float], under: list[float]) -> Timing:
+    """Median, least and most of over/under, round by round (of the rounds both took part in)."""
+    return Timing.of([a / b for a, b in zip(over, under, strict=False)])
