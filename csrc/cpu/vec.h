@@ -8,6 +8,7 @@
 //   vmax(a, b), vmin(a, b)  return b when either is NaN, as x86 does: put what must survive second
 #pragma once
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -223,8 +224,8 @@ FASTATTN_INLINE Vec<double> exp2(Vec<double> x) {
   for (int i = 0; i < Vec<double>::kWidth; ++i) x.lane[i] = std::exp2(x.lane[i]);
   return x;
 }
-template <typename A>
-FASTATTN_INLINE void stream(A* p, Vec<A> x) {
+template <typename T, typename A>
+FASTATTN_INLINE void stream(T* p, Vec<A> x) {
   store(p, x);
 }
 template <typename A>
