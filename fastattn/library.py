@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .backends import BACKENDS
 from .backends.base import (
@@ -51,36 +52,110 @@ _SCHEMAS = (
 for _schema in _SCHEMAS:
     _LIBRARY.define(_schema)
 
-below_autograd = torch._C._AutoDispatchBelowAutograd
+_PLAIN = frozenset(
+    (torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list, torch.dtype)
+)
 
 
-def kernel(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Registers the decorated function as what op ``name`` runs, and ``fake`` for its shapes."""
+class Op:
+    """One op: what it runs, and the ways to call it."""
 
-    def register(run: Callable[..., Any]) -> Any:
+    def __init__(self, name: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
         _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fastattn::{name}", fake, lib=_LIBRARY)
-        return getattr(torch.ops.fastattn, name).default
+        _LIBRARY.impl(name, fake, "Meta")  # the fake too; register_fake takes 7 ms of import
+        self.name = name
+        self.run = run
+        self.overload = getattr(torch.ops.fastattn, name).default
 
-    return register
+    def call(self, function: type[torch.autograd.Function], needs_grad: bool, *args: Any) -> Any:
+        """The op, of which ``function`` is the differentiable form, by the shortest way."""
+        if torch.compiler.is_compiling():
+            return self.overload(*args)  # opaque to the compiler, which finds function later
+        if torch._C._are_functorch_transforms_active():
+            return function.apply(*args)
+        if needs_grad or forward_ad._current_level >= 0:
+            # What Function.apply calls in the end; its inspection of signatures takes 100 us.
+            return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+        return self.below_autograd(*args)
+
+    def below_autograd(self, *args: Any) -> Any:
+        """The op without its derivative."""
+        with torch._C._AutoDispatchBelowAutograd():
+            if _nobody_looks(args):
+                return self.run(*args)  # the dispatcher would come to the same, 15 us later
+            return self.overload(*args)
+
+    def differentiable_as(self, function: type[torch.autograd.Function]) -> None:
+        """Makes calls of the op itself, ``torch.ops.fastattn.*``, differentiable."""
+
+        def run(*args: Any) -> Any:
+            with_tangent = forward_ad._current_level >= 0
+            if with_tangent or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+                return function.apply(*args)
+            with torch._C._AutoDispatchBelowAutograd():
+                return self.overload(*args)
+
+        _LIBRARY.impl(self.name, run, "Autograd")
 
 
-def register_autograd(op: Any, differentiable: Callable[..., Any]) -> None:
-    """Makes calls of ``op`` itself differentiable, as ``differentiable(*args)`` computes them."""
+def _nobody_looks(args: tuple[Any, ...]) -> bool:
+    """Plain tensors with memory, and no mode, transform, trace or profiler that must see the op."""
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_tracing_state() is None
+        and not torch.autograd._profiler_enabled()
+        and _PLAIN.issuperset(map(type, args))
+        and not any(isinstance(x, Tensor) and (x.is_meta or x.is_neg()) for x in args)
+    )
 
-    def run(*args: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return differentiable(*args)
-        with below_autograd():
-            return op(*args)
 
-    _LIBRARY.impl(op._opname, run, "Autograd")
+def _op(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Op]:
+    """Makes the op of the same name of the decorated function, with ``fake`` for its shapes."""
+    return lambda run: Op(run.__name__, run, fake)
 
 
-def in_plain_eager() -> bool:
-    """No compiler and no functorch transform is looking: an autograd.Function may be applied
-    directly, which spares the way through the op's autograd kernel."""
-    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+def double_backward(
+    op: Op, composite: Callable[..., tuple[Tensor, ...]]
+) -> type[torch.autograd.Function]:
+    """The differentiable form of a backward op: runs the op, and differentiates ``composite``, the
+    same results made of torch operations, so that there are derivatives of any order."""
+
+    class BackwardFunction(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            return op.below_autograd(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs))
+            ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
+            ctx.set_materialize_grads(False)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            if all(grad is None for grad in grads):
+                return (None,) * len(ctx.others)
+            pairs = zip(ctx.saved_tensors, ctx.others, strict=True)
+            args = [other if x is None else x for x, other in pairs]
+            wanted = [i for i, need in enumerate(ctx.needs_input_grad) if need]
+
+            def results(*inputs: Tensor) -> tuple[Tensor, ...]:
+                for i, x in zip(wanted, inputs, strict=True):
+                    args[i] = x
+                return tuple(
+                    y for y, grad in zip(composite(*args), grads, strict=True) if grad is not None
+                )
+
+            pull_back = torch.func.vjp(results, *(args[i] for i in wanted))[1]
+            second = pull_back(tuple(grad for grad in grads if grad is not None))
+            by_input = dict(zip(wanted, second, strict=True))
+            return tuple(by_input.get(i) for i in range(len(args)))
+
+    op.differentiable_as(BackwardFunction)
+    return BackwardFunction
 
 
 # -------------------------------------------------------------------------------------- attention
@@ -102,7 +177,7 @@ def _attention_forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tupl
     return empty_output(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=statistics_dtype(q.dtype))
 
 
-@kernel("attention_forward", _attention_forward_fake)
+@_op(_attention_forward_fake)
 def attention_forward(*args: Any) -> tuple[Tensor, Tensor]:
     return BACKENDS[args[-1]].attention_forward(attention_call(*args[:-1]))
 
@@ -119,7 +194,7 @@ def _attention_backward_fake(
     )
 
 
-@kernel("attention_backward", _attention_backward_fake)
+@_op(_attention_backward_fake)
 def attention_backward(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, needs: list[bool], *args: Any
 ) -> tuple[Tensor, ...]:
@@ -157,7 +232,7 @@ def _row_count(x: Tensor, width: int) -> int:
     return x.numel() // width if width else 0
 
 
-@kernel("layer_norm_forward", _layer_norm_forward_fake)
+@_op(_layer_norm_forward_fake)
 def layer_norm_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = LayerNormCall(*args[:-1])
     y, new_residual, mean, rstd = BACKENDS[args[-1]].layer_norm_forward(call)
@@ -184,7 +259,7 @@ def _layer_norm_backward_fake(
     )
 
 
-@kernel("layer_norm_backward", _layer_norm_backward_fake)
+@_op(_layer_norm_backward_fake)
 def layer_norm_backward(
     dy: Tensor,
     dnew_residual: Tensor | None,
@@ -220,7 +295,7 @@ def _softmax_forward_fake(
     return x.new_empty(x.shape, dtype=dtype)
 
 
-@kernel("softmax_forward", _softmax_forward_fake)
+@_op(_softmax_forward_fake)
 def softmax_forward(
     x: Tensor,
     dim: int,
@@ -240,7 +315,7 @@ def _softmax_backward_fake(
     return y.new_empty(y.shape, dtype=x_dtype)
 
 
-@kernel("softmax_backward", _softmax_backward_fake)
+@_op(_softmax_backward_fake)
 def softmax_backward(
     y: Tensor, dy: Tensor, dim: int, scale: float, log: bool, x_dtype: torch.dtype, backend: str
 ) -> Tensor:

@@ -197,7 +197,7 @@ def _softmax_with_sink(s: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor,
         s = torch.cat([s, sinks.to(s.dtype)[:, None, None].expand(*s.shape[:-1], 1)], dim=-1)
     blind = (s == -torch.inf).all(dim=-1, keepdim=True)
     safe = torch.where(blind, 0.0, s)
-    p = torch.where(blind, 0.0, safe.softmax(dim=-1))
+    p = torch.where(s == -torch.inf, 0.0, safe.softmax(dim=-1))  # 0 also beside a NaN
     lse = torch.where(blind.squeeze(-1), -torch.inf, safe.logsumexp(dim=-1))
     return p[..., :k_len], lse, (p[..., k_len:] if sinks is not None else None)
 
@@ -212,8 +212,7 @@ def _attention_keep(call: AttentionCall) -> Tensor | None:
 def _matmul(a: Tensor, b: Tensor, visible: Tensor) -> Tensor:
     """``a @ b``, of which row i takes only what it sees: a is 0 elsewhere, but 0 * nan is nan."""
     out = a @ b
-    traced = type(out) is not Tensor or torch.compiler.is_compiling()  # no values to look at
-    if traced or bool(torch.isfinite(out).all()):
+    if not _has_values(out) or bool(torch.isfinite(out).all()):
         return out
     finite = torch.isfinite(b).all(dim=-1)  # (B, H, n)
     out = a @ torch.where(finite[..., None], b, 0.0)
@@ -222,6 +221,11 @@ def _matmul(a: Tensor, b: Tensor, visible: Tensor) -> Tensor:
         term = a[..., j, None] * special[..., j, None, :]
         out = out + torch.where(visible[..., j, None], term, 0.0)
     return out
+
+
+def _has_values(x: Tensor) -> bool:
+    """False while x is traced or transformed, when no decision can hang on its values."""
+    return type(x) is Tensor and not torch._C._are_functorch_transforms_active()
 
 
 # ------------------------------------------------------------------------------------- layer norm

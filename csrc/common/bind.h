@@ -28,6 +28,8 @@ inline void* address(const py::handle& h) {
   return p;
 }
 
+inline void* pointer(int64_t address) { return reinterpret_cast<void*>(intptr_t(address)); }
+
 // (address, strides...), up to four strides, or None.
 inline View view(const py::object& o) {
   View v;
@@ -81,6 +83,12 @@ inline AttentionParams attention_params(const py::tuple& t) {
   p.dropout = dropout(t[13]);
   p.threads = t[14].cast<int>();
   return p;
+}
+
+// (dout, dlse, delta, dq, dk, dv, dbias): views, but for the addresses dlse and delta.
+inline AttentionGrads attention_grads(const py::tuple& t) {
+  if (t.size() != 7) throw py::value_error("attention: expected 7 gradients");
+  return {view(t[0]), address(t[1]), address(t[2]), view(t[3]), view(t[4]), view(t[5]), view(t[6])};
 }
 
 }  // namespace fastattn

@@ -56,4 +56,63 @@ struct AttentionGrads {
   View dbias;        // statistics dtype; stride 0 and size 1 where the bias broadcasts
 };
 
+// Rows numbered along three outer dimensions; a View's first three strides walk them.
+struct RowShape {
+  int64_t n0, n1, n2;
+  int64_t count() const { return n0 * n1 * n2; }
+  int64_t offset(int64_t row, const View& v) const {
+    if (row < n2) return row * v.stride[2];  // the usual case, n0 = n1 = 1, without a division
+    const int64_t c = row % n2, ab = row / n2;
+    return ab / n1 * v.stride[0] + ab % n1 * v.stride[1] + c * v.stride[2];
+  }
+};
+
+// y = normalise(h) * weight + bias, with h = residual + dropout(x), or x. The numbers of a row are
+// contiguous in every tensor; tensors that are plain addresses are contiguous altogether.
+struct LayerNormParams {
+  DType dtype;
+  RowShape rows;
+  int64_t width;
+  View x, residual;          // the backward has h, what was normalised, as x
+  const void *weight, *bias;  // (width,), or null
+  DType weight_dtype, bias_dtype;
+  void *y, *new_residual;     // forward
+  void *mean, *rstd;          // (rows,), statistics dtype; written by the forward; RMS: no mean
+  double eps;
+  bool rms;
+  Dropout dropout;
+  int threads;
+};
+
+struct LayerNormGrads {
+  View dy, dnew_residual;           // the gradient that reached new_residual, or no data
+  void *dx, *dresidual;             // null: not asked for
+  void *dweight, *dbias;            // (width,), dtypes of weight and bias; null: not asked for
+};
+
+// softmax(scale * x + mask) over the `width` numbers of each of rows x inner columns. A View's
+// stride[3] walks the width; inner columns are adjacent, in the mask adjacent or (mask_inner 0) one.
+struct SoftmaxParams {
+  DType x_dtype, y_dtype, mask_dtype;
+  RowShape rows;
+  int64_t width, inner;
+  View x, mask;  // bool mask: true keeps; else added
+  int64_t mask_inner;
+  void* y;  // contiguous (rows, width, inner)
+  double scale;
+  bool log;
+  int threads;
+};
+
+struct SoftmaxGrads {
+  DType y_dtype, x_dtype;
+  RowShape rows;
+  int64_t width, inner;
+  View y, dy;
+  void* dx;  // contiguous (rows, width, inner)
+  double scale;
+  bool log;
+  int threads;
+};
+
 }  // namespace fastattn

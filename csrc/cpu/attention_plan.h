@@ -2,6 +2,9 @@
 // all queries of a KV head at once (decode); the keys are split where there would be too few items
 // for the threads. A pure function of the call, so that results repeat at a given thread count.
 #pragma once
+#include <algorithm>
+#include <vector>
+
 #include "params.h"
 
 namespace fastattn {

@@ -14,7 +14,7 @@ namespace {
 template <typename T>
 class ForwardResults {
   using A = Acc<T>;
-  static constexpr A kHidden = -std::numeric_limits<A>::infinity();
+  static constexpr double kHidden = -std::numeric_limits<double>::infinity();
 
  public:
   ForwardResults(const AttentionParams& p, int splits) : p_(p), splits_(splits) {
@@ -27,7 +27,7 @@ class ForwardResults {
   }
 
   // The row's sum of exp(logit - max) . v, its maximum and its sum of exp(logit - max).
-  void put(int split, int64_t b, int64_t h, int64_t i, const A* out, A max, A sum) {
+  void put(int split, int64_t b, int64_t h, int64_t i, const A* out, double max, double sum) {
     if (splits_ == 1) return finish(b, h, i, out, max, sum);
     const size_t at = row(b, h, i) * splits_ + split;
     std::copy_n(out, p_.shape.v_dim, &out_[at * p_.shape.v_dim]);
@@ -41,17 +41,17 @@ class ForwardResults {
     parallel_static(rows, threads, [&](int64_t begin, int64_t end, int) {
       std::vector<A> total(width);
       for (int64_t r = begin; r < end; ++r) {
-        const A* max = &max_[r * splits_];
-        A m = kHidden;
+        const double* max = &max_[r * splits_];
+        double m = kHidden;
         for (int k = 0; k < splits_; ++k) m = max[k] > m || max[k] != max[k] ? max[k] : m;
         std::fill(total.begin(), total.end(), A(0));
-        A sum = 0;
+        double sum = 0;
         for (int k = 0; k < splits_; ++k) {
           if (max[k] == kHidden) continue;
-          const A f = max[k] == m ? A(1) : std::exp(max[k] - m);
+          const double f = max[k] == m ? 1.0 : std::exp(max[k] - m);
           sum += f * sum_[r * splits_ + k];
           const A* part = &out_[(r * splits_ + k) * width];
-          for (int64_t c = 0; c < width; ++c) total[c] += f * part[c];
+          for (int64_t c = 0; c < width; ++c) total[c] += A(f) * part[c];
         }
         finish(r / s.q_len / s.q_heads, r / s.q_len % s.q_heads, r % s.q_len, total.data(), m, sum);
       }
@@ -63,12 +63,12 @@ class ForwardResults {
     return size_t((b * p_.shape.q_heads + h) * p_.shape.q_len + i);
   }
 
-  void finish(int64_t b, int64_t h, int64_t i, const A* out, A max, A sum) const {
-    A factor, lse;
-    const A sink = p_.sinks ? static_cast<const A*>(p_.sinks)[h] : kHidden;
+  void finish(int64_t b, int64_t h, int64_t i, const A* out, double max, double sum) const {
+    double factor, lse;
+    const double sink = p_.sinks ? static_cast<const A*>(p_.sinks)[h] : kHidden;
     if (sink != kHidden) {  // one more logit in the denominator, with no value
-      const A m = max > sink || max != max ? max : sink;
-      const A f = max == kHidden ? A(0) : std::exp(max - m);
+      const double m = max > sink || max != max ? max : sink;
+      const double f = max == kHidden ? 0.0 : std::exp(max - m);
       sum = sum * f + std::exp(sink - m);
       factor = f / sum;
       lse = m + std::log(sum);
@@ -81,17 +81,18 @@ class ForwardResults {
     }
     T* dst = p_.out.at<T>(b, h, i);
     constexpr int w = Vec<A>::kWidth;
-    const Vec<A> f = set1(factor);
+    const Vec<A> f = set1(A(factor));
     const int width = int(p_.shape.v_dim);
     int c = 0;
     for (; c + w <= width; c += w) store(dst + c, load(out + c) * f);
     if (c < width) store_n(dst + c, load_n(out + c, width - c) * f, width - c);
-    static_cast<A*>(p_.lse)[row(b, h, i)] = lse;
+    static_cast<A*>(p_.lse)[row(b, h, i)] = A(lse);
   }
 
   const AttentionParams& p_;
   const int splits_;
-  std::vector<A> out_, max_, sum_;  // (batch, q_heads, q_len, splits, ...)
+  std::vector<A> out_;  // (batch, q_heads, q_len, splits, v_dim)
+  std::vector<double> max_, sum_;
 };
 
 }  // namespace

@@ -14,4 +14,11 @@ void attention_forward(const AttentionParams& params);
 // Writes the gradients that are asked for, and grads.delta.
 void attention_backward(const AttentionParams& params, const AttentionGrads& grads);
 
+// Layer norm (Ba et al., 2016), RMS norm (Zhang and Sennrich, 2019).
+void layer_norm_forward(const LayerNormParams& params);
+void layer_norm_backward(const LayerNormParams& params, const LayerNormGrads& grads);
+
+void softmax_forward(const SoftmaxParams& params);
+void softmax_backward(const SoftmaxGrads& grads);
+
 }  // namespace fastattn

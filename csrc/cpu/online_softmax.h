@@ -108,7 +108,11 @@ class OnlineSoftmax {
 
   // What the results of row r0, ... before the last block() are to be multiplied by.
   const A* factors(int r0) const { return factor_ + r0; }
-  A max(int r) const { return modified_ ? max_[r] : max_[r] * A(kLn2); }  // of the logits
+  // The maximum of the logits. In double: a rounding here would shift lse, and with it every
+  // probability that the backward makes of it. The divisor is the factor as it was rounded.
+  double max(int r) const {
+    return modified_ ? double(max_[r]) : max_[r] * (p_.scale / double(A(p_.scale * kLog2E)));
+  }
   A sum(int r) const { return sum_[r]; }  // of exp(logit - max)
 
  private:

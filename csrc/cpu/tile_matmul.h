@@ -219,6 +219,12 @@ inline bool all_finite(Source<T> s, int rows, int cols) {
 }
 
 #if defined(__AVX512BF16__)
+// dst[c] = (first[c], second[c]) in bf16.
+FASTATTN_INLINE void store_pairs(uint32_t* dst, VecF first, VecF second) {
+  const __m512i even = _mm512_cvtepu16_epi32(narrow(bf16{}, first));
+  const __m512i odd = _mm512_cvtepu16_epi32(narrow(bf16{}, second));
+  _mm512_storeu_si512(dst, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+}
 FASTATTN_INLINE uint32_t make_pair(const bf16* first, const bf16* second) {
   return (first ? first->bits : 0u) | uint32_t(second ? second->bits : 0u) << 16;
 }

@@ -632,6 +632,16 @@ FASTATTN_INLINE float hmax(VecF a) {
 }
 #endif
 
+FASTATTN_INLINE void prefetch(const void* p) {
+#if defined(__GNUC__) || defined(__clang__)
+  __builtin_prefetch(p);
+#elif defined(_M_X64)
+  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+#else
+  (void)p;
+#endif
+}
+
 // The least that keeps streaming stores ordered before the caller's next synchronisation.
 FASTATTN_INLINE void stream_fence() {
 #if defined(__SSE2__) || defined(_M_X64)

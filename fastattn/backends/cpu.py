@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 from importlib.util import find_spec
 from types import ModuleType
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .base import AttentionCall, Backend, empty_output, statistics_dtype
+from .base import AttentionCall, Backend, Needs, empty_output, statistics_dtype
 
 if TYPE_CHECKING:
     from ..dispatch import Request
@@ -87,9 +88,61 @@ class CpuBackend(Backend):
         self.module.attention_forward(attention_problem(call, out, lse))
         return out, lse
 
+    def attention_backward(
+        self,
+        call: AttentionCall,
+        dout: Tensor,
+        dlse: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        needs: Needs,
+    ) -> tuple[Tensor | None, ...]:
+        bias, sinks = call.bias, call.sinks
+        # With no keys, or no queries, nothing is summed and nothing written.
+        new = torch.zeros_like if 0 in (*call.q.shape, *call.k.shape) else torch.empty_like
+        dq, dk, dv = (
+            new(tensor) if need else None
+            for tensor, need in zip((call.q, call.k, call.v), needs, strict=False)
+        )
+        dbias = None
+        if needs[3]:
+            shape = [size if step else 1 for size, step in zip(bias.shape, bias.stride(), strict=True)]
+            dbias = lse.new_zeros(shape)  # zeros: whole tiles may be masked
+        delta = torch.empty_like(lse)
+        if dlse is not None:
+            dlse = dlse.to(lse.dtype).contiguous()
+        self.module.attention_backward(
+            attention_problem(call, out, lse),
+            (
+                view(dout),
+                0 if dlse is None else dlse.data_ptr(),
+                delta.data_ptr(),
+                None if dq is None else view(dq),
+                None if dk is None else view(dk),
+                None if dv is None else view(dv),
+                None if dbias is None else broadcast_view(dbias, bias),
+            ),
+        )
+        dsinks = None
+        if needs[4]:
+            # The sink's probability is exp(sink - lse); its value is zero, so its dp is too.
+            # One number gathers from every row: in float64, as the sum of many like the parts.
+            share = torch.exp(sinks.double()[:, None] - lse.double())
+            share = share.masked_fill(lse == -math.inf, 0.0)
+            dsinks = -(share * delta).sum((0, 2)).to(sinks.dtype)
+        return dq, dk, dv, None if dbias is None else dbias.to(bias.dtype), dsinks
+
 
 def view(tensor: Tensor) -> tuple[int, ...]:
     return (tensor.data_ptr(), *tensor.stride())
+
+
+def broadcast_view(tensor: Tensor, like: Tensor) -> tuple[int, ...]:
+    """The view of ``tensor`` with stride 0 where ``like``, of which it is the gradient, has it."""
+    strides = (
+        step if other else 0 for step, other in zip(tensor.stride(), like.stride(), strict=True)
+    )
+    return (tensor.data_ptr(), *strides)
 
 
 def attention_problem(call: AttentionCall, out: Tensor, lse: Tensor) -> tuple:

@@ -64,7 +64,7 @@ def attention(
     Raises:
         TypeError, ValueError: an argument is wrong, or the named backend does not serve the call.
     """
-    if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
+    if isinstance(q, Tensor) and _under_autocast(q):
         q, k, v, bias = _autocast(q, k, v, bias)
     spec = AttentionSpec.of(
         q, k, v, causal, window, scale, softcap, alibi_slopes, bias, sinks, dropout_p, deterministic
@@ -116,7 +116,7 @@ def scaled_dot_product_attention(
     lead = None
     if query.dim() != 4 or query.shape[:2] != key.shape[:2] or query.shape[:2] != value.shape[:2]:
         query, key, value, attn_mask, lead = _to_4d(query, key, value, attn_mask, enable_gqa)
-    if torch.is_autocast_enabled(query.device.type):
+    if _under_autocast(query):
         query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
     spec = AttentionSpec.of(
         query,
@@ -154,7 +154,7 @@ def explain(
     Runs nothing. Print the result: the backend first, then one line for each that is known here.
     Its ``backend`` is the name, its ``reasons`` the lists of reasons by name.
     """
-    if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
+    if isinstance(q, Tensor) and _under_autocast(q):
         q, k, v, bias = _autocast(q, k, v, bias)
     spec = AttentionSpec.of(
         q, k, v, causal, window, scale, softcap, alibi_slopes, bias, sinks, dropout_p, deterministic
@@ -180,12 +180,7 @@ def _attention(
     request = _request(q, k, v, bias, alibi_slopes, sinks, spec, deterministic, needs_grad)
     chosen = dispatch.select(backend, request).name
     arguments = (*op_arguments(q, k, v, bias, alibi_slopes, sinks, spec), chosen)
-    if not library.in_plain_eager():
-        return library.attention_forward(*arguments)
-    if needs_grad:
-        return AttentionFunction.apply(*arguments)
-    with library.below_autograd():
-        return library.attention_forward(*arguments)
+    return library.attention_forward.call(AttentionFunction, needs_grad, *arguments)
 
 
 def op_arguments(
@@ -214,35 +209,41 @@ def op_arguments(
 class AttentionFunction(torch.autograd.Function):
     """Arguments of ``torch.ops.fastattn.attention_forward``; both outputs are differentiable."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        with library.below_autograd():
-            out, lse = library.attention_forward(*arguments)
-        ctx.save_for_backward(*arguments[:7], out, lse)
-        ctx.scalars = arguments[7:]
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+        return library.attention_forward.below_autograd(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs[:7], *output)
+        ctx.scalars = inputs[7:]
         ctx.set_materialize_grads(False)
-        return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         *inputs, out, lse = ctx.saved_tensors
         wanted = ctx.needs_input_grad
         needs = [wanted[0], wanted[1], wanted[2], wanted[3], wanted[5]]
-        if dout is None:
-            dout = torch.zeros_like(out)
-        arguments = (dout, dlse, out, lse, needs, *inputs, *ctx.scalars)
-        if torch.is_grad_enabled():  # create_graph: through _differentiable_backward
-            grads = library.attention_backward(*arguments)
-        else:
-            with library.below_autograd():
-                grads = library.attention_backward(*arguments)
+        grads = library.attention_backward.call(
+            AttentionBackwardFunction,
+            torch.is_grad_enabled(),  # create_graph
+            torch.zeros_like(out) if dout is None else dout,
+            dlse,
+            out,
+            lse,
+            needs,
+            *inputs,
+            *ctx.scalars,
+        )
         dq, dk, dv, dbias, dsinks = (
             grad if need else None for grad, need in zip(grads, needs, strict=True)
         )
         return dq, dk, dv, dbias, None, dsinks, *(None,) * 8
 
 
-def _differentiable_backward(
+def _composite_backward(
     dout: Tensor,
     dlse: Tensor | None,
     out: Tensor,
@@ -250,39 +251,23 @@ def _differentiable_backward(
     needs: list[bool],
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    """The backward as a composite of torch operations, for derivatives of any order.
-
-    It recomputes the forward from the inputs, of which ``out`` and ``lse`` are functions.
-    """
-    with torch.enable_grad():
-        # Views of the inputs, so that each counts once where one is computed from another.
-        inputs = [
-            x if x is None or not need else x.view_as(x) if x.requires_grad else _leaf(x)
-            for x, need in zip((*arguments[:4], arguments[5]), needs, strict=True)
-        ]
-        q, k, v, bias, sinks = inputs
-        call = library.attention_call(q, k, v, bias, arguments[4], sinks, *arguments[6:-1])
-        outputs: tuple[Tensor, ...] = reference.attention(call)
-        grads = torch.autograd.grad(
-            outputs if dlse is not None else outputs[:1],
-            [x for x, need in zip(inputs, needs, strict=True) if need],
-            (dout, dlse) if dlse is not None else (dout,),
-            create_graph=True,
-            materialize_grads=True,
-        )
-    wanted = iter(grads)
-    return tuple(next(wanted) if need else dout.new_empty(0) for need in needs)
+    """The backward op out of torch operations; ``out`` and ``lse`` follow from the inputs."""
+    call = library.attention_call(*arguments[:-1])
+    dq, dk, dv, dbias, dsinks = reference.attention_backward(call, dout, dlse)
+    if dbias is not None:
+        dbias = dbias.view(arguments[3].shape)
+    grads = (dq, dk, dv, dbias, dsinks)
+    return tuple(
+        grad if need and grad is not None else dout.new_empty(0)
+        for grad, need in zip(grads, needs, strict=True)
+    )
 
 
-library.register_autograd(library.attention_forward, AttentionFunction.apply)
-library.register_autograd(library.attention_backward, _differentiable_backward)
+library.attention_forward.differentiable_as(AttentionFunction)
+AttentionBackwardFunction = library.double_backward(library.attention_backward, _composite_backward)
 
 
 # ------------------------------------------------------------------------------------- the details
-
-
-def _leaf(x: Tensor) -> Tensor:
-    return x.detach().requires_grad_()
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
@@ -316,6 +301,11 @@ def _request(
     if torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic:
         flags += ("deterministic",)
     return Request("attention", q.device, q.dtype, (q.shape, k.shape, v.shape), flags, needs_grad)
+
+
+def _under_autocast(x: Tensor) -> bool:
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _autocast(

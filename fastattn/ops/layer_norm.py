@@ -152,30 +152,28 @@ def _layer_norm(
     seed = torch.randint(2**63 - 1, (), device=x.device) if dropout_p > 0.0 else None
 
     arguments = (x, residual, weight, bias, seed, width, eps, rms, dropout_p, chosen)
-    if not library.in_plain_eager():
-        y, new_residual, *_ = library.layer_norm_forward(*arguments)
-    elif needs_grad:
-        y, new_residual, *_ = LayerNormFunction.apply(*arguments)
-    else:
-        with library.below_autograd():
-            y, new_residual, *_ = library.layer_norm_forward(*arguments)
+    y, new_residual, *_ = library.layer_norm_forward.call(LayerNormFunction, needs_grad, *arguments)
     return y, new_residual
 
 
 class LayerNormFunction(torch.autograd.Function):
     """Arguments and results of ``torch.ops.fastattn.layer_norm_forward``."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        x, residual, weight, bias, seed, *ctx.scalars = arguments
-        with library.below_autograd():
-            y, new_residual, mean, rstd = library.layer_norm_forward(*arguments)
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return library.layer_norm_forward.below_autograd(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, residual, weight, bias, seed, *ctx.scalars = inputs
+        _, new_residual, mean, rstd = output
         ctx.has_residual = residual is not None
         source = new_residual if ctx.has_residual else x
         ctx.save_for_backward(source, mean, rstd, weight, bias, seed)
         ctx.mark_non_differentiable(mean, rstd)
         ctx.set_materialize_grads(False)
-        return y, new_residual, mean, rstd
 
     @staticmethod
     def backward(
@@ -183,13 +181,11 @@ class LayerNormFunction(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         source, mean, rstd, weight, bias, seed = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:4])
-        if dy is None:
-            dy = torch.zeros_like(source)
-        if not ctx.has_residual:
-            dnew_residual = None
-        arguments = (
-            dy,
-            dnew_residual,
+        grads = library.layer_norm_backward.call(
+            LayerNormBackwardFunction,
+            torch.is_grad_enabled(),  # create_graph
+            torch.zeros_like(source) if dy is None else dy,
+            dnew_residual if ctx.has_residual else None,
             source,
             mean,
             rstd,
@@ -200,16 +196,11 @@ class LayerNormFunction(torch.autograd.Function):
             seed,
             *ctx.scalars,
         )
-        if torch.is_grad_enabled():  # create_graph: through _differentiable_backward
-            grads = library.layer_norm_backward(*arguments)
-        else:
-            with library.below_autograd():
-                grads = library.layer_norm_backward(*arguments)
         wanted = (grad if need else None for grad, need in zip(grads, needs, strict=True))
         return *wanted, *(None,) * 6
 
 
-def _differentiable_backward(
+def _composite_backward(
     dy: Tensor,
     dnew_residual: Tensor | None,
     source: Tensor,
@@ -219,18 +210,19 @@ def _differentiable_backward(
     has_residual: bool,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    """The backward as a composite of torch operations, for derivatives of any order."""
-    residual = source if has_residual else None
-    call = LayerNormCall(source, residual, *rest[:-1])
+    """The backward op out of torch operations; ``mean`` and ``rstd`` follow from the source."""
+    call = LayerNormCall(source, source if has_residual else None, *rest[:-1])
     grads = reference.layer_norm_backward(call, source, dy, dnew_residual)
     return tuple(
-        source.new_empty(0) if grad is None or not need else grad
+        grad if need and grad is not None else source.new_empty(0)
         for grad, need in zip(grads, needs, strict=True)
     )
 
 
-library.register_autograd(library.layer_norm_forward, LayerNormFunction.apply)
-library.register_autograd(library.layer_norm_backward, _differentiable_backward)
+library.layer_norm_forward.differentiable_as(LayerNormFunction)
+LayerNormBackwardFunction = library.double_backward(
+    library.layer_norm_backward, _composite_backward
+)
 
 
 # ------------------------------------------------------------------------------------- the details

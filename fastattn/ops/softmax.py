@@ -108,44 +108,40 @@ def _run(
     request = Request("softmax", x.device, x.dtype, (x.shape,), flags, needs_grad)
     chosen = dispatch.select(backend, request).name
     arguments = (x, dim, mask, scale, log, dtype, chosen)
-    if not library.in_plain_eager():
-        return library.softmax_forward(*arguments)
-    if needs_grad:
-        return SoftmaxFunction.apply(*arguments)
-    with library.below_autograd():
-        return library.softmax_forward(*arguments)
+    return library.softmax_forward.call(SoftmaxFunction, needs_grad, *arguments)
 
 
 class SoftmaxFunction(torch.autograd.Function):
     """Arguments of ``torch.ops.fastattn.softmax_forward``. The backward needs only the output."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        x, dim, _, scale, log, _, backend = arguments
-        with library.below_autograd():
-            y = library.softmax_forward(*arguments)
-        ctx.save_for_backward(y)
+    def forward(*arguments: Any) -> Tensor:
+        return library.softmax_forward.below_autograd(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, dim, _, scale, log, _, backend = inputs
+        ctx.save_for_backward(output)
         ctx.scalars = (dim, scale, log, x.dtype, backend)
-        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (y,) = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph: through _differentiable_backward
-            dx = library.softmax_backward(y, dy, *ctx.scalars)
-        else:
-            with library.below_autograd():
-                dx = library.softmax_backward(y, dy, *ctx.scalars)
+        dx = library.softmax_backward.call(
+            SoftmaxBackwardFunction,
+            torch.is_grad_enabled(),  # create_graph
+            *ctx.saved_tensors,
+            dy,
+            *ctx.scalars,
+        )
         return dx, *(None,) * 6
 
 
-def _differentiable_backward(y: Tensor, dy: Tensor, *arguments: Any) -> Tensor:
-    """The backward as a composite of torch operations, for derivatives of any order."""
-    return reference.softmax_backward(y, dy, *arguments[:-1])
-
-
-library.register_autograd(library.softmax_forward, SoftmaxFunction.apply)
-library.register_autograd(library.softmax_backward, _differentiable_backward)
+library.softmax_forward.differentiable_as(SoftmaxFunction)
+SoftmaxBackwardFunction = library.double_backward(
+    library.softmax_backward, lambda *args: (reference.softmax_backward(*args[:-1]),)
+)
 
 
 # ------------------------------------------------------------------------------------- the details

@@ -1,0 +1,235 @@
+// How layer norm and softmax visit rows: vector by vector, written past the cache when large.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <type_traits>
+
+#include "parallel.h"
+#include "params.h"
+#include "philox.h"
+#include "vec.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#if defined(_MSC_VER)
+#define FASTATTN_INLINE_LAMBDA
+#else
+#define FASTATTN_INLINE_LAMBDA __attribute__((always_inline))
+#endif
+
+namespace fastattn {
+namespace {
+
+// ---- the vectors of a row ----------------------------------------------------------------------
+
+// Which lanes of a vector belong to the row: all of them, or the first n.
+struct Whole {
+  template <typename T>
+  FASTATTN_INLINE auto load(const T* p) const {
+    return fastattn::load(p);
+  }
+  template <typename T, typename V>
+  FASTATTN_INLINE void store(T* p, V x) const {
+    fastattn::store(p, x);
+  }
+  template <typename T, typename V>
+  FASTATTN_INLINE void stream(T* p, V x) const {
+    fastattn::stream(p, x);
+  }
+  template <typename A>
+  FASTATTN_INLINE Vec<A> keep(Vec<A> x, A) const {
+    return x;
+  }
+};
+struct First {
+  int n;
+  template <typename T>
+  FASTATTN_INLINE auto load(const T* p) const {
+    return fastattn::load_n(p, n);
+  }
+  template <typename T, typename V>
+  FASTATTN_INLINE void store(T* p, V x) const {
+    fastattn::store_n(p, x, n);
+  }
+  template <typename T, typename V>
+  FASTATTN_INLINE void stream(T* p, V x) const {
+    fastattn::store_n(p, x, n);
+  }
+  template <typename A>
+  FASTATTN_INLINE Vec<A> keep(Vec<A> x, A other) const {  // x, and `other` beyond the row
+    return select(less(iota<A>(), set1(A(n))), x, set1(other));
+  }
+};
+
+constexpr int kUnroll = 4;  // independent accumulators hide the latency of additions
+
+// Calls body(slot, j, lanes) for each vector [j, j + width) of n numbers; `slot` is a compile-time
+// 0 .. kUnroll - 1, for the accumulators. The first vector is cut to `head` lanes where that is not 0.
+template <typename A, typename Body>
+FASTATTN_INLINE void each_vector(int64_t head, int64_t n, const Body& body) {
+  constexpr int64_t w = Vec<A>::kWidth;
+  const std::integral_constant<int, 0> s0;
+  const std::integral_constant<int, 1> s1;
+  const std::integral_constant<int, 2> s2;
+  const std::integral_constant<int, 3> s3;
+  int64_t j = 0;
+  if (head) {
+    j = std::min(head, n);
+    body(s0, int64_t(0), First{int(j)});
+  }
+  for (; j + kUnroll * w <= n; j += kUnroll * w) {
+    body(s0, j, Whole{});
+    body(s1, j + w, Whole{});
+    body(s2, j + 2 * w, Whole{});
+    body(s3, j + 3 * w, Whole{});
+  }
+  for (; j + w <= n; j += w) body(s0, j, Whole{});
+  if (j < n) body(s0, j, First{int(n - j)});
+}
+template <typename A, typename Body>
+FASTATTN_INLINE void each_vector(int64_t n, const Body& body) {
+  each_vector<A>(0, n, body);
+}
+
+// The numbers before the first address at which stream() may store.
+template <typename T>
+int64_t unaligned_head(const T* p) {
+  constexpr uintptr_t bytes = Vec<Acc<T>>::kWidth * sizeof(T);
+  return int64_t((bytes - reinterpret_cast<uintptr_t>(p) % bytes) % bytes / sizeof(T));
+}
+
+// Writes value(j, lanes) to out[j]; `past_cache` sends it straight to memory.
+template <typename T, typename Value>
+FASTATTN_INLINE void write_row(T* out, int64_t n, bool past_cache, const Value& value) {
+  using A = Acc<T>;
+  if (past_cache) {
+    each_vector<A>(unaligned_head(out), n, [&](auto, int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+      lanes.stream(out + j, value(j, lanes));
+    });
+  } else {
+    each_vector<A>(n, [&](auto, int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+      lanes.store(out + j, value(j, lanes));
+    });
+  }
+}
+
+// ---- memory ------------------------------------------------------------------------------------
+
+constexpr int64_t kBlock = 2048;  // numbers that a thread's first-level cache holds beside others
+
+template <typename A>
+std::unique_ptr<A[]> scratch(int64_t n) {
+  return std::unique_ptr<A[]>(new A[size_t(n)]);  // uninitialised
+}
+
+// Outputs from this size on go past the cache: what is read next has been evicted anyway, and a
+// normal store would first read the line it overwrites.
+constexpr int64_t kStreamBytes = int64_t(8) << 20;
+
+// Asks the system for huge pages under an output that is about to be written: fresh memory costs a
+// page fault every 4 KiB otherwise, which takes longer than the kernel.
+inline void expect_large_write(void* p, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = uintptr_t(2) << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(p) + page - 1) & ~(page - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(p) + uintptr_t(bytes)) & ~(page - 1);
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)p, (void)bytes;
+#endif
+}
+
+// Threads for a kernel that touches this many numbers: waking a second one costs as much as
+// kGrain of them.
+inline int useful_threads(int threads, int64_t numbers) {
+  constexpr int64_t kGrain = 16384;
+  return int(std::clamp<int64_t>(numbers / kGrain, 1, std::max(threads, 1)));
+}
+
+// ---- conversions -------------------------------------------------------------------------------
+
+// out[i] = in[i * stride] as an accumulation type, for a dtype known at run time; a bool keeps or
+// masks: 0 or -inf.
+template <typename A>
+void widen_row(A* out, const void* in, DType dtype, int64_t stride, int64_t n) {
+  const auto copy = [&](auto* p) {
+    if (stride == 1) {
+      for (int64_t i = 0; i < n; ++i) out[i] = A(to_acc(p[i]));
+    } else {
+      for (int64_t i = 0; i < n; ++i) out[i] = A(to_acc(p[i * stride]));
+    }
+  };
+  switch (dtype) {
+    case DType::kFloat32: return copy(static_cast<const float*>(in));
+    case DType::kFloat64: return copy(static_cast<const double*>(in));
+    case DType::kBFloat16: return copy(static_cast<const bf16*>(in));
+    case DType::kFloat16: return copy(static_cast<const f16*>(in));
+    case DType::kBool: {
+      const auto* p = static_cast<const uint8_t*>(in);
+      for (int64_t i = 0; i < n; ++i)
+        out[i] = p[i * stride] ? A(0) : -std::numeric_limits<A>::infinity();
+    }
+  }
+}
+
+template <typename A>
+void narrow_row(void* out, const A* in, DType dtype, int64_t n) {
+  switch (dtype) {
+    case DType::kFloat64:
+      for (int64_t i = 0; i < n; ++i) static_cast<double*>(out)[i] = double(in[i]);
+      return;
+    case DType::kBFloat16:
+      for (int64_t i = 0; i < n; ++i) static_cast<bf16*>(out)[i] = from_acc<bf16>(float(in[i]));
+      return;
+    case DType::kFloat16:
+      for (int64_t i = 0; i < n; ++i) static_cast<f16*>(out)[i] = from_acc<f16>(float(in[i]));
+      return;
+    default:
+      for (int64_t i = 0; i < n; ++i) static_cast<float*>(out)[i] = float(in[i]);
+  }
+}
+
+template <typename A>
+constexpr DType dtype_of() {
+  return sizeof(A) == 8 ? DType::kFloat64 : DType::kFloat32;
+}
+
+// Calls f(T{}) with the stored type of a floating dtype.
+template <typename F>
+void with_type(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kFloat64: return f(double{});
+    case DType::kBFloat16: return f(bf16{});
+    case DType::kFloat16: return f(f16{});
+    default: return f(float{});
+  }
+}
+
+// ---- dropout -----------------------------------------------------------------------------------
+
+// factor[c] for columns [begin, begin + n) of a row, begin a multiple of 4: 0 where the element is
+// dropped, 1 / (1 - p) where it is kept. Element (row, col) has word col & 3 of the counter
+// (col >> 2, row, row >> 32, 0). The loop over `kLanes` counters is there to be vectorised.
+template <typename A>
+void dropout_factors(A* factor, const Dropout& dropout, int64_t row, int64_t begin, int64_t n) {
+  constexpr int kLanes = 16;
+  const uint32_t threshold = dropout_threshold(dropout.p);
+  const A kept = dropout.p < 1 ? A(1 / (1 - dropout.p)) : A(0);
+  A words[4 * kLanes];
+  for (int64_t j = 0; j < n; j += 4 * kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const uint32_t group = uint32_t((begin + j) / 4 + lane);
+      const Philox random =
+          Philox::at(dropout.seed, group, uint32_t(row), uint32_t(uint64_t(row) >> 32), 0);
+      for (int k = 0; k < 4; ++k)
+        words[4 * lane + k] = random.word[k] >= threshold ? kept : A(0);
+    }
+    std::copy_n(words, std::min<int64_t>(4 * kLanes, n - j), factor + j);
+  }
+}
+
+}  // namespace
+}  // namespace fastattn

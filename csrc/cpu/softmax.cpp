@@ -1,0 +1,423 @@
+// Softmax and log-softmax of scale * x + mask, forward and backward.
+#include <cmath>
+
+#include "kernels.h"
+#include "rows.h"
+
+namespace fastattn {
+namespace {
+
+template <typename A>
+constexpr A kInfinity = std::numeric_limits<A>::infinity();
+template <typename A>
+constexpr A kNaN = std::numeric_limits<A>::quiet_NaN();
+
+// A row's scores s = scale x + mask wait here, in the accumulation type, for their second visit,
+// up to this many; a longer row computes its scores twice. A share of a second-level cache.
+constexpr int64_t kKeptScores = 65536;
+
+enum class MaskKind { kNone, kAdded, kKept };
+
+// The numbers of the mask beside a run of scores, as numbers to add, for a layout known at run time.
+template <typename A>
+class MaskRun {
+ public:
+  explicit MaskRun(const SoftmaxParams& p, int64_t longest) : p_(p) {
+    if (p.mask && !direct()) own_ = scratch<A>(longest);
+  }
+  // n of them from `offset`, `stride` apart.
+  const A* at(int64_t offset, int64_t stride, int64_t n) {
+    const int64_t size = p_.mask_dtype == DType::kBool ? 1 : p_.mask_dtype == DType::kFloat64 ? 8
+                         : p_.mask_dtype == DType::kFloat32 ? 4 : 2;
+    const char* data = static_cast<const char*>(p_.mask.data) + offset * size;
+    if (direct() && stride == 1) return reinterpret_cast<const A*>(data);
+    if (!own_) own_ = scratch<A>(kBlock);
+    // A mask that is broadcast over rows is converted once.
+    if (data != last_ || n != last_n_) widen_row(own_.get(), data, p_.mask_dtype, stride, n);
+    last_ = data;
+    last_n_ = n;
+    return own_.get();
+  }
+
+ private:
+  bool direct() const { return p_.mask_dtype == dtype_of<A>(); }
+
+  const SoftmaxParams& p_;
+  std::unique_ptr<A[]> own_;
+  const char* last_ = nullptr;
+  int64_t last_n_ = -1;
+};
+
+// s = scale x + mask; a bool mask's -inf holds even where x is NaN.
+template <typename In, MaskKind kMask, typename Lanes, typename A = Acc<In>>
+FASTATTN_INLINE Vec<A> score(const In* x, const A* mask, Vec<A> scale, Lanes lanes) {
+  if constexpr (kMask == MaskKind::kNone) return lanes.load(x) * scale;
+  const Vec<A> m = lanes.load(mask), s = fma(lanes.load(x), scale, m);
+  if constexpr (kMask == MaskKind::kKept) return select(less(m, zero<A>()), m, s);
+  return s;
+}
+
+template <typename A>
+FASTATTN_INLINE Vec<A> exp_of(Vec<A> x) {
+  return exp2(x * set1(A(kLog2E)));
+}
+
+// What to subtract before exp: -inf - -inf would be NaN in a block without anything to keep.
+template <typename A>
+A safe_base(A maximum) {
+  return maximum == -kInfinity<A> ? A(0) : maximum;
+}
+
+// ---- rows: inner = 1 ---------------------------------------------------------------------------
+
+// s[j] = the scores of n numbers; their maximum.
+template <typename In, MaskKind kMask, typename A = Acc<In>>
+A load_scores(A* s, const In* x, const A* mask, A scale, int64_t n) {
+  const Vec<A> low = set1(-kInfinity<A>), scales = set1(scale);
+  Vec<A> top[kUnroll] = {low, low, low, low};
+  each_vector<A>(n, [&](auto slot, int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+    const Vec<A> v = score<In, kMask>(x + j, mask + j, scales, lanes);
+    lanes.store(s + j, v);
+    top[slot] = vmax(top[slot], lanes.keep(v, -kInfinity<A>));
+  });
+  return hmax(vmax(vmax(top[0], top[1]), vmax(top[2], top[3])));
+}
+
+// e[j] = exp(s[j] - base) and their sum; e may be s, or null where only the sum counts.
+template <typename A>
+A exponentials(A* e, const A* s, A base, int64_t n, const void* next) {
+  const Vec<A> bases = set1(base);
+  Vec<A> sum[kUnroll] = {zero<A>(), zero<A>(), zero<A>(), zero<A>()};
+  each_vector<A>(n, [&](auto slot, int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+    prefetch(static_cast<const A*>(next) + j);
+    const Vec<A> v = exp_of(lanes.load(s + j) - bases);
+    if (e) lanes.store(e + j, v);
+    sum[slot] = sum[slot] + lanes.keep(v, A(0));
+  });
+  return hsum((sum[0] + sum[1]) + (sum[2] + sum[3]));
+}
+
+// The row's maximum m and total = sum(exp(s - m)), gathered block by block.
+template <typename A>
+struct RowSum {
+  A maximum = -kInfinity<A>;
+  double total = 0;
+
+  // A block with its own maximum and its sum of exp(s - safe_base(maximum)).
+  void join(A block_maximum, A block_sum) {
+    const A m = block_maximum > maximum ? block_maximum : maximum;
+    const double base = safe_base(m);
+    total *= std::exp(double(safe_base(maximum)) - base);
+    total += block_sum * std::exp(double(safe_base(block_maximum)) - base);
+    maximum = m;
+  }
+  bool empty() const { return maximum == -kInfinity<A> && total == 0; }
+};
+
+template <typename In, typename Out, MaskKind kMask>
+void forward_rows(const SoftmaxParams& p) {
+  using A = Acc<In>;
+  const int64_t n = p.width, rows = p.rows.count(), bytes = rows * n * int64_t(sizeof(Out));
+  const bool past_cache = bytes >= kStreamBytes, keep = n <= kKeptScores;
+  if (past_cache) expect_large_write(p.y, bytes);
+  parallel_static(rows, useful_threads(p.threads, rows * n), [&](int64_t begin, int64_t end, int) {
+    const std::unique_ptr<A[]> kept = scratch<A>(keep ? n : kBlock);
+    const std::unique_ptr<A[]> bases = scratch<A>(n / kBlock + 1);
+    MaskRun<A> mask_run(p, kBlock);
+    const A scale = A(p.scale);
+    for (int64_t row = begin; row < end; ++row) {
+      const In* x = static_cast<const In*>(p.x.data) + p.rows.offset(row, p.x);
+      const In* next =
+          row + 1 < end ? static_cast<const In*>(p.x.data) + p.rows.offset(row + 1, p.x) : x;
+      const int64_t mask_row = kMask == MaskKind::kNone ? 0 : p.rows.offset(row, p.mask);
+      Out* y = static_cast<Out*>(p.y) + row * n;
+      const auto load_block = [&](int64_t first, int64_t m) {
+        const A* mask = nullptr;
+        if constexpr (kMask != MaskKind::kNone)
+          mask = mask_run.at(mask_row + first * p.mask.stride[3], p.mask.stride[3], m);
+        return load_scores<In, kMask>(kept.get() + (keep ? first : 0), x + first, mask, scale, m);
+      };
+
+      RowSum<A> sum;
+      for (int64_t first = 0; first < n; first += kBlock) {
+        const int64_t m = std::min(kBlock, n - first);
+        const A top = load_block(first, m), base = safe_base(top);
+        A* s = kept.get() + (keep ? first : 0);
+        bases[first / kBlock] = base;
+        sum.join(top, exponentials(p.log || !keep ? nullptr : s, s, base, m, next + first));
+      }
+      if (kMask != MaskKind::kNone && sum.empty()) {  // everything masked
+        std::fill_n(y, n, from_acc<Out>(p.log ? -kInfinity<A> : A(0)));
+        continue;
+      }
+      // y = exp(s - m) / total, of which the blocks hold exp(s - base); log: (s - m) - log(total)
+      const A m = sum.maximum;
+      const double inverse = m == -kInfinity<A> ? double(kNaN<A>) : 1 / sum.total;
+      const Vec<A> maximum = set1(m), log_total = set1(A(std::log(sum.total)));
+      for (int64_t first = 0; first < n; first += kBlock) {
+        const int64_t count = std::min(kBlock, n - first);
+        if (!keep) load_block(first, count);
+        const A* s = kept.get() + (keep ? first : 0);
+        if (p.log) {
+          write_row(y + first, count, past_cache, [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+            return (lanes.load(s + j) - maximum) - log_total;
+          });
+        } else if (keep) {
+          const double base = bases[first / kBlock];
+          const Vec<A> factor = set1(A(base == m ? inverse : std::exp(base - m) * inverse));
+          write_row(y + first, count, past_cache, [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+            return lanes.load(s + j) * factor;
+          });
+        } else {
+          const Vec<A> factor = set1(A(inverse));
+          write_row(y + first, count, past_cache, [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+            return exp_of(lanes.load(s + j) - maximum) * factor;
+          });
+        }
+      }
+    }
+    stream_fence();
+  });
+}
+
+// dx = scale y (dy - sum(y dy)); log: dx = scale (dy - exp(y) sum(dy)), 0 where y = -inf (masked).
+template <typename T, typename Dx, bool kLog>
+void backward_rows(const SoftmaxGrads& p) {
+  using A = Acc<T>;
+  const int64_t n = p.width, rows = p.rows.count(), bytes = rows * n * int64_t(sizeof(Dx));
+  const bool past_cache = bytes >= kStreamBytes;
+  if (past_cache) expect_large_write(p.dx, bytes);
+  parallel_static(rows, useful_threads(p.threads, rows * n), [&](int64_t begin, int64_t end, int) {
+    const Vec<A> scale = set1(A(p.scale)), masked = set1(-kInfinity<A>);
+    for (int64_t row = begin; row < end; ++row) {
+      const T* y = static_cast<const T*>(p.y.data) + p.rows.offset(row, p.y);
+      const T* dy = static_cast<const T*>(p.dy.data) + p.rows.offset(row, p.dy);
+      const int64_t following = row + 1 < end ? row + 1 : row;
+      const T* next_y = static_cast<const T*>(p.y.data) + p.rows.offset(following, p.y);
+      const T* next_dy = static_cast<const T*>(p.dy.data) + p.rows.offset(following, p.dy);
+      double total = 0;
+      for (int64_t first = 0; first < n; first += kBlock) {
+        Vec<A> sum[kUnroll] = {zero<A>(), zero<A>(), zero<A>(), zero<A>()};
+        each_vector<A>(std::min(kBlock, n - first),
+                       [&](auto slot, int64_t i, auto lanes) FASTATTN_INLINE_LAMBDA {
+                         const Vec<A> up = lanes.load(dy + first + i);
+                         if constexpr (kLog)
+                           sum[slot] = sum[slot] + up;
+                         else
+                           sum[slot] = fma(lanes.load(y + first + i), up, sum[slot]);
+                       });
+        total += hsum((sum[0] + sum[1]) + (sum[2] + sum[3]));
+      }
+      const Vec<A> dot = set1(A(total));
+      write_row(static_cast<Dx*>(p.dx) + row * n, n, past_cache,
+                [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+                  prefetch(next_y + j);
+                  prefetch(next_dy + j);
+                  const Vec<A> v = lanes.load(y + j), up = lanes.load(dy + j);
+                  if constexpr (!kLog) return v * scale * (up - dot);
+                  const Vec<A> d = scale * (up - exp_of(v) * dot);
+                  return select(equal(v, masked), zero<A>(), d);
+                });
+    }
+    stream_fence();
+  });
+}
+
+// ---- columns: inner > 1, lanes are inner columns -----------------------------------------------
+
+// Columns that one task takes together: whole cache lines, and few enough for their scores to stay
+// in the second-level cache.
+constexpr int64_t kMaxColumns = 256;
+
+inline int64_t columns_at_once(int64_t width, int64_t inner) {
+  constexpr int64_t kMin = 32;
+  return std::min(inner, std::clamp(kKeptScores / width / kMin * kMin, kMin, kMaxColumns));
+}
+
+// Sums of columns over two levels, so that thousands of terms do not add up their rounding.
+template <typename A>
+struct ColumnSums {
+  static constexpr int64_t kRun = 64;
+  A recent[kMaxColumns], total[kMaxColumns];
+
+  void clear(int64_t count) {
+    std::fill_n(recent, count, A(0));
+    std::fill_n(total, count, A(0));
+  }
+  // Between rows d of `n`.
+  void added(int64_t d, int64_t n, int64_t count) {
+    if (d % kRun != kRun - 1 && d != n - 1) return;
+    for (int64_t j = 0; j < count; ++j) {
+      total[j] += recent[j];
+      recent[j] = 0;
+    }
+  }
+};
+
+template <typename In, typename Out, MaskKind kMask>
+void forward_columns(const SoftmaxParams& p) {
+  using A = Acc<In>;
+  const int64_t n = p.width, at_once = columns_at_once(n, p.inner);
+  const int64_t blocks = (p.inner + at_once - 1) / at_once, rows = p.rows.count();
+  const int64_t bytes = rows * n * p.inner * int64_t(sizeof(Out));
+  const bool keep = n * at_once <= kKeptScores;
+  if (bytes >= kStreamBytes) expect_large_write(p.y, bytes);
+  const int threads = useful_threads(p.threads, rows * n * p.inner);
+  parallel_static(rows * blocks, threads, [&](int64_t begin, int64_t end, int) {
+    const std::unique_ptr<A[]> kept = scratch<A>(keep ? n * at_once : at_once);
+    MaskRun<A> mask_run(p, kMaxColumns);
+    const Vec<A> scale = set1(A(p.scale));
+    A maximum[kMaxColumns], base[kMaxColumns], factor[kMaxColumns];
+    ColumnSums<A> sum;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t row = task / blocks, column = task % blocks * at_once;
+      const int64_t count = std::min(at_once, p.inner - column);
+      const In* x = static_cast<const In*>(p.x.data) + p.rows.offset(row, p.x) + column;
+      const int64_t mask_row =
+          kMask == MaskKind::kNone ? 0 : p.rows.offset(row, p.mask) + column * p.mask_inner;
+      Out* y = static_cast<Out*>(p.y) + row * n * p.inner + column;
+      const auto scores = [&](int64_t d) { return kept.get() + (keep ? d * at_once : 0); };
+      const auto load_scores = [&](int64_t d) {
+        const In* in = x + d * p.x.stride[3];
+        const A* mask = nullptr;
+        if constexpr (kMask != MaskKind::kNone)
+          mask = mask_run.at(mask_row + d * p.mask.stride[3], p.mask_inner, count);
+        A* s = scores(d);
+        each_vector<A>(count, [&](auto, int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+          lanes.store(s + j, score<In, kMask>(in + j, mask + j, scale, lanes));
+        });
+      };
+
+      std::fill_n(maximum, count, -kInfinity<A>);
+      sum.clear(count);
+      for (int64_t d = 0; d < n; ++d) {
+        load_scores(d);
+        const A* s = scores(d);
+        each_vector<A>(count, [&](auto, int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+          lanes.store(maximum + j, vmax(lanes.load(maximum + j), lanes.load(s + j)));
+        });
+      }
+      for (int64_t j = 0; j < count; ++j) base[j] = safe_base(maximum[j]);
+      for (int64_t d = 0; d < n; ++d) {
+        if (!keep) load_scores(d);
+        A* s = scores(d);
+        each_vector<A>(count, [&](auto, int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+          const Vec<A> e = exp_of(lanes.load(s + j) - lanes.load(base + j));
+          if (!p.log) lanes.store(s + j, e);
+          lanes.store(sum.recent + j, lanes.load(sum.recent + j) + e);
+        });
+        sum.added(d, n, count);
+      }
+      // The last sweep: log ? (s - base) - factor : e factor, with exceptions for columns of -inf.
+      for (int64_t j = 0; j < count; ++j) {
+        const bool empty = maximum[j] == -kInfinity<A> && sum.total[j] == 0;
+        if (p.log)
+          factor[j] = empty ? (kMask != MaskKind::kNone ? A(0) : kNaN<A>) : std::log(sum.total[j]);
+        else
+          factor[j] = empty ? (kMask != MaskKind::kNone ? A(0) : kNaN<A>) : 1 / sum.total[j];
+      }
+      for (int64_t d = 0; d < n; ++d) {
+        if (!keep) load_scores(d);
+        const A* s = scores(d);
+        Out* out = y + d * p.inner;
+        write_row(out, count, false, [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+          const Vec<A> v = lanes.load(s + j), f = lanes.load(factor + j);
+          if (p.log) return (v - lanes.load(base + j)) - f;
+          if (keep) return v * f;
+          return exp_of(v - lanes.load(base + j)) * f;
+        });
+      }
+    }
+  });
+}
+
+template <typename T, typename Dx, bool kLog>
+void backward_columns(const SoftmaxGrads& p) {
+  using A = Acc<T>;
+  const int64_t n = p.width, at_once = columns_at_once(n, p.inner);
+  const int64_t blocks = (p.inner + at_once - 1) / at_once, rows = p.rows.count();
+  const int64_t bytes = rows * n * p.inner * int64_t(sizeof(Dx));
+  if (bytes >= kStreamBytes) expect_large_write(p.dx, bytes);
+  const int threads = useful_threads(p.threads, rows * n * p.inner);
+  parallel_static(rows * blocks, threads, [&](int64_t begin, int64_t end, int) {
+    const Vec<A> scale = set1(A(p.scale)), masked = set1(-kInfinity<A>);
+    ColumnSums<A> dot;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t row = task / blocks, column = task % blocks * at_once;
+      const int64_t count = std::min(at_once, p.inner - column);
+      const T* y = static_cast<const T*>(p.y.data) + p.rows.offset(row, p.y) + column;
+      const T* dy = static_cast<const T*>(p.dy.data) + p.rows.offset(row, p.dy) + column;
+      Dx* dx = static_cast<Dx*>(p.dx) + row * n * p.inner + column;
+      dot.clear(count);
+      for (int64_t d = 0; d < n; ++d) {
+        const T *v = y + d * p.y.stride[3], *up = dy + d * p.dy.stride[3];
+        each_vector<A>(count, [&](auto, int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+          const Vec<A> sum = lanes.load(dot.recent + j), g = lanes.load(up + j);
+          lanes.store(dot.recent + j, kLog ? sum + g : fma(lanes.load(v + j), g, sum));
+        });
+        dot.added(d, n, count);
+      }
+      for (int64_t d = 0; d < n; ++d) {
+        const T *v = y + d * p.y.stride[3], *up = dy + d * p.dy.stride[3];
+        write_row(dx + d * p.inner, count, false, [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+          const Vec<A> out = lanes.load(v + j), g = lanes.load(up + j), total = lanes.load(dot.total + j);
+          if constexpr (!kLog) return out * scale * (g - total);
+          const Vec<A> gradient = scale * (g - exp_of(out) * total);
+          return select(equal(out, masked), zero<A>(), gradient);
+        });
+      }
+    }
+  });
+}
+
+// ---- the choice --------------------------------------------------------------------------------
+
+template <typename In, typename Out, MaskKind kMask>
+void forward(const SoftmaxParams& p) {
+  if (p.inner == 1)
+    forward_rows<In, Out, kMask>(p);
+  else
+    forward_columns<In, Out, kMask>(p);
+}
+
+template <typename In, typename Out>
+void forward(const SoftmaxParams& p) {
+  if (!p.mask)
+    forward<In, Out, MaskKind::kNone>(p);
+  else if (p.mask_dtype == DType::kBool)
+    forward<In, Out, MaskKind::kKept>(p);
+  else
+    forward<In, Out, MaskKind::kAdded>(p);
+}
+
+template <typename T, typename Dx>
+void backward(const SoftmaxGrads& p) {
+  if (p.inner == 1)
+    p.log ? backward_rows<T, Dx, true>(p) : backward_rows<T, Dx, false>(p);
+  else
+    p.log ? backward_columns<T, Dx, true>(p) : backward_columns<T, Dx, false>(p);
+}
+
+}  // namespace
+
+void softmax_forward(const SoftmaxParams& params) {
+  with_type(params.x_dtype, [&](auto type) {
+    using In = decltype(type);
+    if (params.y_dtype == params.x_dtype)
+      forward<In, In>(params);
+    else if constexpr (sizeof(In) == 2)
+      forward<In, float>(params);  // softmax(half, dtype=float32)
+  });
+}
+
+void softmax_backward(const SoftmaxGrads& grads) {
+  with_type(grads.x_dtype, [&](auto type) {
+    using Dx = decltype(type);
+    if (grads.y_dtype == grads.x_dtype)
+      backward<Dx, Dx>(grads);
+    else if constexpr (sizeof(Dx) == 2)
+      backward<float, Dx>(grads);
+  });
+}
+
+}  // namespace fastattn

@@ -1,0 +1,720 @@
+"""A reference Transformer on fastattn's kernels, whole in one file.
+
+Reading order: the configuration, the two sets of kernels (`attention="fused"` or `"naive"`), the
+building blocks (attention, feed-forward, residual connection, embedding), the stacks (`Encoder`,
+`Decoder`), the models (`LanguageModel`, `EncoderDecoder`), generation.
+
+Shapes: B batch, S sequence, E = d_model, H heads, D = E / H head dim, V vocabulary. A `mask` is a
+boolean (B, S) padding mask, True where there is a real token.
+
+Papers: Vaswani et al. 2017 (arXiv:1706.03762) for the architecture, Radford et al. 2019 (GPT-2) for
+pre-norm and the initialisation, Xiong et al. 2020 (arXiv:2002.04745) for pre against post norm,
+Ainslie et al. 2023 (arXiv:2305.13245) for grouped key/value heads, Press and Wolf 2017
+(arXiv:1608.05859) for tied embeddings.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastattn
+
+IGNORE = -100  # a target that counts for no loss (padding)
+
+
+# ------------------------------------------------------------------------------- configuration
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The size and the kind of a model. Every field is checked; a bad one raises ValueError."""
+
+    vocab_size: int
+    max_len: int = 512  # the longest sequence, in tokens
+    d_model: int = 256
+    n_heads: int = 4
+    n_kv_heads: int | None = None  # fewer key/value than query heads (GQA, MQA); None: as many
+    n_layers: int = 4  # in each stack
+    d_ff: int | None = None  # width of the feed-forward layer; None: 4 * d_model
+    dropout: float = 0.0  # on embeddings, attention weights and residual branches
+    norm: str = "pre"  # "pre" or "post"
+    positions: str = "learned"  # "learned" or "sinusoidal"
+    attention: str = "fused"  # "fused" or "naive": which kernels, for every operation at once
+    bias: bool = True  # in linear layers and layer norms
+    tie_weights: bool = True  # one table embeds the tokens and predicts them
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "max_len", "d_model", "n_heads", "n_layers", "kv_heads", "ff"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                field = {"kv_heads": "n_kv_heads", "ff": "d_ff"}.get(name, name)
+                raise ValueError(f"{field} must be a positive integer, got {value!r}")
+        if self.d_model % self.n_heads:
+            raise ValueError(
+                f"d_model must be a multiple of n_heads, got {self.d_model} and {self.n_heads}"
+            )
+        if self.n_heads % self.kv_heads:
+            raise ValueError(
+                f"n_heads must be a multiple of n_kv_heads, got {self.n_heads} and {self.kv_heads}"
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
+        choices = {
+            "norm": ("pre", "post"),
+            "positions": ("learned", "sinusoidal"),
+            "attention": tuple(KERNELS),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        if self.positions == "sinusoidal" and self.d_model % 2:
+            raise ValueError(f"sinusoidal positions need an even d_model, got {self.d_model}")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def ff(self) -> int:
+        return 4 * self.d_model if self.d_ff is None else self.d_ff
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_heads
+
+
+# ------------------------------------------------------------------- the kernels, fused and naive
+
+
+def naive_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v as the textbook has it, with the whole (Sq, Sk) matrix in memory.
+
+    q (B, H, Sq, D), k and v (B, Hkv, Sk, D), bias a boolean mask, True = attend. `causal` is
+    aligned bottom-right: the last query sees every key.
+    """
+    if (group := q.shape[1] // k.shape[1]) > 1:
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, H, Sq, Sk)
+    keep = bias
+    if causal:
+        queries, keys = scores.shape[-2:]
+        past = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+        keep = past if bias is None else past & bias
+    if keep is not None:
+        scores = scores.masked_fill(~keep, -math.inf)
+    weights = scores.softmax(-1)
+    if bias is not None and keep is not None:  # a query that sees no key gets zeros, not NaN
+        weights = weights.masked_fill(~keep, 0.0)
+    return F.dropout(weights, dropout_p) @ v
+
+
+def naive_layer_norm(
+    x: Tensor, shape: tuple[int], weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5
+) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension."""
+    centred = x - x.mean(-1, keepdim=True)
+    normed = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + eps)
+    normed = normed if weight is None else normed * weight
+    return normed if bias is None else normed + bias
+
+
+def naive_add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    shape: tuple[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float = 1e-5,
+    *,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """The layer norm of residual + dropout(x), and that sum."""
+    total = residual + F.dropout(x, dropout_p)
+    return naive_layer_norm(total, shape, weight, bias, eps), total
+
+
+class Kernels(NamedTuple):
+    attention: Callable[..., Any]
+    layer_norm: Callable[..., Any]
+    add_layer_norm: Callable[..., Any]
+    softmax: Callable[..., Any]
+
+
+KERNELS = {
+    "fused": Kernels(
+        fastattn.attention, fastattn.layer_norm, fastattn.add_layer_norm, fastattn.softmax
+    ),
+    "naive": Kernels(naive_attention, naive_layer_norm, naive_add_layer_norm, torch.softmax),
+}
+
+
+# ------------------------------------------------------------------------------ building blocks
+
+
+class KVCache:
+    """The keys and values that one attention has seen, (B, Hkv, capacity, D), filled in place.
+
+    The buffers are allocated once, at the first append; what attention gets is a view of their
+    filled part, so a generated token copies its own key and value and nothing else.
+    """
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self.length = 0
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add (B, Hkv, S, D) keys and values; views of all there are."""
+        start, self.length = self.length, self.length + keys.shape[2]
+        if self.length > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} tokens, got {self.length}")
+        if self.keys is None or self.values is None:
+            shape = (*keys.shape[:2], self.capacity, keys.shape[3])
+            self.keys, self.values = keys.new_empty(shape), values.new_empty(shape)
+        self.keys[:, :, start : self.length] = keys
+        self.values[:, :, start : self.length] = values
+        return self.filled()
+
+    def filled(self) -> tuple[Tensor, Tensor]:
+        assert self.keys is not None and self.values is not None, "nothing was appended yet"
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+
+class MultiHeadAttention(nn.Module):
+    """Self-attention over x, or cross-attention from x to a memory."""
+
+    def __init__(self, config: TransformerConfig, causal: bool = False):
+        super().__init__()
+        self.config, self.causal = config, causal
+        self.kernels = KERNELS[config.attention]
+        kv_width = config.kv_heads * config.head_dim
+        self.query = nn.Linear(config.d_model, config.d_model, bias=config.bias)
+        self.key_value = nn.Linear(config.d_model, 2 * kv_width, bias=config.bias)
+        self.output = nn.Linear(config.d_model, config.d_model, bias=config.bias)
+
+    def heads(self, x: Tensor) -> Tensor:
+        """(B, S, heads * D) -> (B, heads, S, D), a view: the kernels walk the strides."""
+        return x.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
+
+    def forward(
+        self,
+        x: Tensor,  # (B, S, E)
+        memory: Tensor | None = None,  # (B, M, E)
+        mask: Tensor | None = None,  # (B, keys)
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        q = self.heads(self.query(x))
+        if memory is not None and cache is not None and cache.length:
+            k, v = cache.filled()  # the memory does not change from token to token
+        else:
+            k, v = map(self.heads, self.key_value(x if memory is None else memory).chunk(2, -1))
+            if cache is not None:
+                k, v = cache.append(k, v)
+        attended = self.kernels.attention(  # (B, H, S, D)
+            q,
+            k,
+            v,
+            causal=self.causal,
+            bias=None if mask is None else mask[:, None, None, :],
+            dropout_p=self.config.dropout if self.training else 0.0,
+        )
+        return self.output(attended.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """The same two-layer perceptron at every position."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.input = nn.Linear(config.d_model, config.ff, bias=config.bias)
+        self.output = nn.Linear(config.ff, config.d_model, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(F.gelu(self.input(x)))
+
+
+class AddNorm(nn.Module):
+    """x + dropout(branch) and its layer norm, in one kernel."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.dropout = config.dropout
+        self.kernels = KERNELS[config.attention]
+        self.weight = nn.Parameter(torch.ones(config.d_model))
+        self.bias = nn.Parameter(torch.zeros(config.d_model)) if config.bias else None
+
+    def forward(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(the norm, the sum); with no branch to add, the sum is x."""
+        affine = (x.shape[-1:], self.weight, self.bias)
+        if branch is None:
+            return self.kernels.layer_norm(x, *affine), x
+        branch = branch.to(x.dtype)  # autocast: the stream stays in float32, branches do not
+        dropout_p = self.dropout if self.training else 0.0
+        return self.kernels.add_layer_norm(branch, x, *affine, dropout_p=dropout_p)
+
+
+class Residual(nn.Module):
+    """A residual connection with its layer norm around a sublayer.
+
+        post: x <- norm(x + sublayer(x))
+        pre:  x <- x + sublayer(norm(x))
+
+    The pre-norm addition is left to the next norm, which does both in one pass over memory. So what
+    flows through a stack is a pair (x, branch), and the stream is their sum.
+    """
+
+    def __init__(self, config: TransformerConfig, sublayer: MultiHeadAttention | FeedForward):
+        super().__init__()
+        self.pre = config.norm == "pre"
+        self.norm = AddNorm(config)
+        self.sublayer = sublayer
+
+    def forward(
+        self, x: Tensor, branch: Tensor | None, **context: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        if self.pre:
+            normed, x = self.norm(x, branch)
+            return x, self.sublayer(normed, **context)
+        normed, _ = self.norm(x, self.sublayer(x, **context))
+        return normed, None
+
+
+class Layer(nn.Module):
+    """Self-attention, cross-attention where there is a memory to attend to, feed-forward."""
+
+    def __init__(self, config: TransformerConfig, causal: bool, cross: bool):
+        super().__init__()
+        self.self_attention = Residual(config, MultiHeadAttention(config, causal))
+        self.cross_attention = Residual(config, MultiHeadAttention(config)) if cross else None
+        self.feed_forward = Residual(config, FeedForward(config))
+
+    def forward(
+        self,
+        x: Tensor,
+        branch: Tensor | None,
+        mask: Tensor | None,
+        memory: Tensor | None,
+        memory_mask: Tensor | None,
+        caches: tuple[KVCache, KVCache] | tuple[None, None],
+    ) -> tuple[Tensor, Tensor | None]:
+        x, branch = self.self_attention(x, branch, mask=mask, cache=caches[0])
+        if self.cross_attention is not None:
+            x, branch = self.cross_attention(
+                x, branch, memory=memory, mask=memory_mask, cache=caches[1]
+            )
+        return self.feed_forward(x, branch)
+
+
+def sinusoidal_positions(length: int, width: int) -> Tensor:
+    """(length, width): sin and cos of position / 10000^(2i / width), in turn along the width."""
+    position = torch.arange(length, dtype=torch.float64)[:, None]
+    frequency = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+    angle = position * frequency
+    return torch.stack((angle.sin(), angle.cos()), -1).flatten(1)
+
+
+class Embedding(nn.Module):
+    """Tokens and their positions as vectors."""
+
+    table: Tensor  # (max_len, E), the sinusoids
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.dropout = config.dropout
+        self.token = nn.Embedding(config.vocab_size, config.d_model)
+        self.position: nn.Embedding | None = None
+        self.scale = 1.0
+        if config.positions == "learned":
+            self.position = nn.Embedding(config.max_len, config.d_model)
+        else:  # the sinusoids have amplitude 1: the paper scales the tokens to match
+            self.scale = math.sqrt(config.d_model)
+            table = sinusoidal_positions(config.max_len, config.d_model)
+            self.register_buffer("table", table.to(self.token.weight.dtype), persistent=False)
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """tokens (B, S), positions (S,) or (B, S) -> (B, S, E)"""
+        where = self.table[positions] if self.position is None else self.position(positions)
+        return F.dropout(self.scale * self.token(tokens) + where, self.dropout, self.training)
+
+
+# --------------------------------------------------------------------------------------- stacks
+
+
+class Stack(nn.Module):
+    """An embedding and n_layers layers: tokens (B, S) -> (B, S, E)."""
+
+    def __init__(self, config: TransformerConfig, causal: bool, cross: bool):
+        super().__init__()
+        self.config = config
+        self.embedding = Embedding(config)
+        self.layers = nn.ModuleList(Layer(config, causal, cross) for _ in range(config.n_layers))
+        self.norm = AddNorm(config) if config.norm == "pre" else None
+        self.apply(initialise)
+        # GPT-2: the more branches are summed, the smaller each starts
+        branches = [m for m in self.modules() if isinstance(m, Residual)]
+        for branch in branches:
+            nn.init.normal_(branch.sublayer.output.weight, std=0.02 / math.sqrt(len(branches)))
+
+    def run(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None,
+        memory: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        cache: list[tuple[KVCache, KVCache]] | None = None,
+    ) -> Tensor:
+        seen = cache[0][0].length if cache else 0
+        check_tokens(tokens, self.config, seen)
+        check_mask("mask", mask, tokens.shape[0], seen + tokens.shape[1])
+        if mask is None:
+            positions = torch.arange(seen, seen + tokens.shape[1], device=tokens.device)
+        else:  # padding takes no position, on whichever side it stands
+            positions = (mask.cumsum(1) - 1).clamp_min(0)[:, seen:]
+        x, branch = self.embedding(tokens, positions), None
+        for i, layer in enumerate(self.layers):
+            caches = cache[i] if cache else (None, None)
+            x, branch = layer(x, branch, mask, memory, memory_mask, caches)
+        return x if self.norm is None else self.norm(x, branch)[0]
+
+
+class Encoder(Stack):
+    """Every token sees every other one: tokens (B, S), mask (B, S) -> hidden states (B, S, E)."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__(config, causal=False, cross=False)
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.run(tokens, mask)
+
+
+class Decoder(Stack):
+    """Every token sees itself and the ones before it, and the memory of an encoder if `cross`."""
+
+    def __init__(self, config: TransformerConfig, cross: bool = False):
+        super().__init__(config, causal=True, cross=cross)
+        self.cross = cross
+
+    def forward(
+        self,
+        tokens: Tensor,  # (B, S)
+        mask: Tensor | None = None,  # (B, S), with a cache (B, seen + S)
+        memory: Tensor | None = None,  # (B, M, E)
+        memory_mask: Tensor | None = None,  # (B, M)
+        cache: list[tuple[KVCache, KVCache]] | None = None,
+    ) -> Tensor:
+        """Hidden states (B, S, E). With a cache, `tokens` are those that follow what it holds."""
+        if self.cross != (memory is not None):
+            raise ValueError(
+                "a decoder with cross-attention needs memory"
+                if self.cross
+                else "this decoder has no cross-attention, but got memory"
+            )
+        if memory is not None:
+            expected = (tokens.shape[0], self.config.d_model)
+            if memory.ndim != 3 or (memory.shape[0], memory.shape[2]) != expected:
+                raise ValueError(
+                    f"memory must be (batch, length, d_model) with batch {expected[0]} and "
+                    f"d_model {expected[1]}, got shape {tuple(memory.shape)}"
+                )
+            check_mask("memory_mask", memory_mask, *memory.shape[:2])
+        return self.run(tokens, mask, memory, memory_mask, cache)
+
+    def new_cache(self, capacity: int, memory_length: int = 0) -> list[tuple[KVCache, KVCache]]:
+        """An empty cache: for each layer, that of the self-attention and of the cross-attention."""
+        return [(KVCache(capacity), KVCache(memory_length)) for _ in self.layers]
+
+
+def initialise(module: nn.Module) -> None:
+    """GPT-2's initial weights: normal with standard deviation 0.02, zero biases."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+def check_tokens(tokens: Tensor, config: TransformerConfig, seen: int = 0) -> None:
+    """Shape, dtype and length. (Ids beyond the vocabulary are the embedding's to refuse.)"""
+    if tokens.ndim != 2 or tokens.shape[1] == 0:
+        raise ValueError(
+            f"tokens must be (batch, length) with length > 0, got shape {tuple(tokens.shape)}"
+        )
+    if tokens.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"tokens must be int64 or int32, got {tokens.dtype}")
+    if seen + tokens.shape[1] > config.max_len:
+        raise ValueError(
+            f"a sequence of {seen + tokens.shape[1]} tokens is longer than max_len {config.max_len}"
+        )
+
+
+def check_mask(name: str, mask: Tensor | None, batch: int, length: int) -> None:
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name} must be boolean (True = a real token), got {mask.dtype}")
+    if mask.shape != (batch, length):
+        raise ValueError(f"{name} must be ({batch}, {length}), got shape {tuple(mask.shape)}")
+
+
+# --------------------------------------------------------------------------------------- models
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean of -log softmax(logits)[target], in float32 or better; targets of IGNORE do not count.
+
+    logits (B, S, V), targets (B, S). Its exponential is the perplexity.
+    """
+    if logits.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"targets must be {tuple(logits.shape[:-1])} to match the logits, "
+            f"got shape {tuple(targets.shape)}"
+        )
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten().long(), ignore_index=IGNORE)
+
+
+class LanguageModel(nn.Module):
+    """Decoder-only: P(w_t | w_1 .. w_t-1) = softmax(h_t W)."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.config = config
+        self.decoder = Decoder(config)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head.apply(initialise)
+        if config.tie_weights:
+            self.head.weight = self.decoder.embedding.token.weight
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Logits (B, S, V): those at position t are of the token at t + 1."""
+        return self.head(self.decoder(tokens, mask))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt: Tensor,
+        max_new_tokens: int,
+        *,
+        mask: Tensor | None = None,
+        do_sample: bool = True,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop_tokens: Iterable[int] = (),
+        seed: int | None = None,
+        use_cache: bool = True,
+    ) -> Tensor:
+        """The prompt (B, P) and up to max_new_tokens more, (B, <= P + max_new_tokens).
+
+        Prompts of unequal length are padded on the left, with `mask` (B, P) False there. Greedy
+        with do_sample=False or temperature=0; otherwise see `Sampler`. A row that makes one of
+        `stop_tokens` repeats it from there on; when every row has, generation ends. With a `seed`
+        the same call gives the same tokens, without one it draws from torch's generator.
+        `use_cache=False` runs the whole sequence again for each token (slow; gives the same).
+        ValueError for a prompt that is empty, has ids outside the vocabulary or, with its
+        continuation, is longer than max_len.
+        """
+        sampler = Sampler(self.config, do_sample, temperature, top_k, top_p, seed, prompt.device)
+        check_generation(prompt, max_new_tokens, self.config)
+        check_mask("mask", mask, *prompt.shape)
+        total = prompt.shape[1] + max_new_tokens
+        if mask is not None:  # what is generated is never padding
+            if not mask[:, -1].all():
+                raise ValueError("prompts must be padded on the left: mask[:, -1] has a False")
+            mask = F.pad(mask, (0, max_new_tokens), value=True)
+        cache = self.decoder.new_cache(total) if use_cache else None
+
+        def next_logits(tokens: Tensor, length: int) -> Tensor:
+            seen = None if mask is None else mask[:, :length]
+            return self.head(self.decoder(tokens, seen, cache=cache)[:, -1])
+
+        with evaluating(self):
+            return decode(next_logits, prompt, max_new_tokens, sampler, stop_tokens, use_cache)
+
+
+class EncoderDecoder(nn.Module):
+    """The Transformer of the paper: source tokens in, target tokens out, over one vocabulary."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config, cross=True)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head.apply(initialise)
+        if config.tie_weights:
+            self.encoder.embedding.token.weight = self.decoder.embedding.token.weight
+            self.head.weight = self.decoder.embedding.token.weight
+
+    def forward(
+        self,
+        source: Tensor,  # (B, M)
+        target: Tensor,  # (B, S)
+        source_mask: Tensor | None = None,  # (B, M)
+        target_mask: Tensor | None = None,  # (B, S)
+    ) -> Tensor:
+        """Logits (B, S, V): those at position t are of the target token at t + 1."""
+        memory = self.encoder(source, source_mask)
+        return self.head(self.decoder(target, target_mask, memory, source_mask))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        source: Tensor,
+        max_new_tokens: int,
+        *,
+        start_token: int,
+        source_mask: Tensor | None = None,
+        do_sample: bool = True,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop_tokens: Iterable[int] = (),
+        seed: int | None = None,
+        use_cache: bool = True,
+    ) -> Tensor:
+        """start_token and up to max_new_tokens more, (B, <= 1 + max_new_tokens), for a source
+        (B, M). The encoder runs once, and its keys and values are cached; everything else is as in
+        `LanguageModel.generate`.
+        """
+        sampler = Sampler(self.config, do_sample, temperature, top_k, top_p, seed, source.device)
+        check_tokens(source, self.config)
+        check_ids("source", source, self.config)
+        start = source.new_full((source.shape[0], 1), start_token)
+        check_generation(start, max_new_tokens, self.config, "start_token")
+        cache = None
+        if use_cache:
+            cache = self.decoder.new_cache(1 + max_new_tokens, source.shape[1])
+        with evaluating(self):
+            memory = self.encoder(source, source_mask)
+
+            def next_logits(tokens: Tensor, length: int) -> Tensor:
+                hidden = self.decoder(tokens, None, memory, source_mask, cache)
+                return self.head(hidden[:, -1])
+
+            return decode(next_logits, start, max_new_tokens, sampler, stop_tokens, use_cache)
+
+
+# ----------------------------------------------------------------------------------- generation
+
+
+class Sampler:
+    """Chooses the next token from its logits (B, V).
+
+    Greedy: the most likely one. Otherwise a draw from softmax(logits / temperature), kept to the
+    `top_k` most likely tokens (Fan et al. 2018), then to the smallest set of them that holds at
+    least `top_p` of the probability (nucleus sampling, Holtzman et al. 2020, arXiv:1904.09751).
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        do_sample: bool = True,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        device: torch.device | str = "cpu",
+    ):
+        if not 0.0 <= temperature < math.inf:
+            raise ValueError(f"temperature must be finite and not negative, got {temperature!r}")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {top_k!r}")
+        if top_p is not None and not 0.0 < top_p <= 1.0:
+            raise ValueError(f"top_p must be in (0, 1], got {top_p!r}")
+        self.softmax = KERNELS[config.attention].softmax
+        self.greedy = not do_sample or temperature == 0.0
+        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
+        self.generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """(B, V) -> (B,)"""
+        if self.greedy:
+            return logits.argmax(-1)
+        kept = min(self.top_k or logits.shape[-1], logits.shape[-1])
+        logits, tokens = logits.float().topk(kept)  # most likely first
+        # the maximum goes before the division, so that a tiny temperature cannot overflow
+        p = self.softmax((logits - logits[:, :1]) / self.temperature, -1)
+        if self.top_p is not None:
+            p = p.masked_fill(p.cumsum(-1) - p >= self.top_p, 0.0)  # multinomial renormalises
+        choice = torch.multinomial(p, 1, generator=self.generator)
+        return tokens.gather(-1, choice)[:, 0]
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switches dropout off for a while, and back on if it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def decode(
+    next_logits: Callable[[Tensor, int], Tensor],
+    prompt: Tensor,
+    max_new_tokens: int,
+    choose: Sampler,
+    stop_tokens: Iterable[int],
+    use_cache: bool,
+) -> Tensor:
+    """Add one token after the other to the prompt (B, P). next_logits(tokens, length) gives those
+    that follow the first `length` tokens, of which `tokens` are what no cache holds yet.
+    """
+    batch, prompted = prompt.shape
+    output = prompt.new_empty(batch, prompted + max_new_tokens)
+    output[:, :prompted] = prompt
+    stops = torch.tensor(list(stop_tokens), dtype=prompt.dtype, device=prompt.device)
+    stopped = torch.zeros(batch, dtype=torch.bool, device=prompt.device)
+    fed = 0
+    for length in range(prompted, prompted + max_new_tokens):
+        chosen = choose(next_logits(output[:, fed:length], length))
+        output[:, length] = torch.where(stopped, output[:, length - 1], chosen)
+        fed = length if use_cache else 0
+        if stops.numel():
+            stopped |= torch.isin(output[:, length], stops)
+            if stopped.all():
+                return output[:, : length + 1]
+    return output
+
+
+def check_ids(name: str, tokens: Tensor, config: TransformerConfig) -> None:
+    """Reads every id, so it is for once a generation, not once a step."""
+    if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < config.vocab_size:
+        raise ValueError(
+            f"{name} must be in [0, {config.vocab_size}), "
+            f"got ids from {int(tokens.min())} to {int(tokens.max())}"
+        )
+
+
+def check_generation(
+    prompt: Tensor, max_new_tokens: int, config: TransformerConfig, name: str = "prompt"
+) -> None:
+    check_tokens(prompt, config)
+    check_ids(name, prompt, config)
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must not be negative, got {max_new_tokens}")
+    if prompt.shape[1] + max_new_tokens > config.max_len:
+        raise ValueError(
+            f"a prompt of {prompt.shape[1]} tokens and max_new_tokens={max_new_tokens} are "
+            f"more than max_len {config.max_len}"
+        )
