@@ -31,6 +31,8 @@ X86_ISAS = {
     "avx512bf16": ([*AVX512, "-mavx512bf16"], ["/arch:AVX512", *MSVC_FMA, "/D__AVX512BF16__"]),
 }
 ISAS = X86_ISAS if X86 else {"neon": ([], [])} if ARM else {"baseline": ([], [])}
+if wanted := os.environ.get("FASTATTN_BUILD_ISAS"):  # for example "avx2": a quick build to try
+    ISAS = {isa: ISAS[isa] for isa in wanted.split(",")}
 
 # Compiled once for any processor, and linked into every module: the binding.
 BINDING = "csrc/cpu/module.cpp"
