@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .base import LayerNormCall, Needs, SoftmaxCall, statistics_dtype
 
-DTYPE_CODES = {
+# As in csrc/common/params.h.
+DTYPES = {
     torch.float32: 0,
     torch.float64: 1,
     torch.bfloat16: 2,
@@ -83,7 +84,7 @@ class RowKernels:
         if not x.numel():
             return y
         shape, held, (view,), mask = _columns(call.dim, (x,), call.mask)
-        codes = DTYPE_CODES[x.dtype], DTYPE_CODES[call.dtype]
+        codes = DTYPES[x.dtype], DTYPES[call.dtype]
         sizes = (*shape, *codes, call.log, torch.get_num_threads())
         self.module.softmax_forward(sizes, view, mask, call.scale, y.data_ptr())
         return y
@@ -95,7 +96,7 @@ class RowKernels:
         if not y.numel():
             return dx
         shape, held, (y_view, dy_view), _ = _columns(dim, (y, dy))
-        codes = DTYPE_CODES[x_dtype], DTYPE_CODES[y.dtype]
+        codes = DTYPES[x_dtype], DTYPES[y.dtype]
         sizes = (*shape, *codes, log, torch.get_num_threads())
         self.module.softmax_backward(sizes, y_view, dy_view, scale, dx.data_ptr())
         return dx
@@ -112,12 +113,12 @@ def _weights(
     weight_address = bias_address = weight_code = bias_code = 0
     if weight is not None:
         weight = weight.contiguous()
-        weight_address, weight_code = weight.data_ptr(), DTYPE_CODES[weight.dtype]
+        weight_address, weight_code = weight.data_ptr(), DTYPES[weight.dtype]
     if bias is not None:
         bias = bias.contiguous()
-        bias_address, bias_code = bias.data_ptr(), DTYPE_CODES[bias.dtype]
+        bias_address, bias_code = bias.data_ptr(), DTYPES[bias.dtype]
     sizes = (
-        *shape, call.width, DTYPE_CODES[call.x.dtype], weight_code, bias_code,
+        *shape, call.width, DTYPES[call.x.dtype], weight_code, bias_code,
         call.rms, torch.get_num_threads(),
     )  # fmt: skip
     mean_address = 0 if mean is None else mean.data_ptr()
@@ -174,7 +175,7 @@ def _columns(dim: int, tensors: tuple[Tensor, ...], mask: Tensor | None = None) 
         tensors = tuple(x.contiguous() for x in tensors)
         return _columns(dim, tensors, None if mask is None else mask.contiguous())
     views = [(x.data_ptr(), *outer, x.stride(dim)) for x, outer in zip(held, strides, strict=True)]
-    argument = None if mask is None else (views.pop(), DTYPE_CODES[mask.dtype], mask_inner)
+    argument = None if mask is None else (views.pop(), DTYPES[mask.dtype], mask_inner)
     return (*_pad(dims), width, inner), held, views, argument
 
 
