@@ -28,7 +28,7 @@ Moments moments(const T* x, int64_t n) {
     const T* block = x + begin;
 
     Vec<A> sum[kUnroll] = {zero<A>(), zero<A>(), zero<A>(), zero<A>()};
-    each_vector<A>(m, [&](auto slot, int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+    each_vector<T>(m, [&](auto slot, int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
       const Vec<A> d = lanes.keep(lanes.load(block + j) - pivots, A(0));
       sum[slot] = sum[slot] + d;
     });
@@ -38,7 +38,7 @@ Moments moments(const T* x, int64_t n) {
     const Vec<A> centres = set1(centre);
     Vec<A> first[kUnroll] = {zero<A>(), zero<A>(), zero<A>(), zero<A>()};
     Vec<A> second[kUnroll] = {zero<A>(), zero<A>(), zero<A>(), zero<A>()};
-    each_vector<A>(m, [&](auto slot, int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+    each_vector<T>(m, [&](auto slot, int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
       const Vec<A> d = lanes.keep(lanes.load(block + j) - centres, A(0));
       first[slot] = first[slot] + d;
       second[slot] = fma(d, d, second[slot]);
@@ -62,7 +62,7 @@ Moments mean_square(const T* x, int64_t n) {
   double squares = 0;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     Vec<A> sum[kUnroll] = {zero<A>(), zero<A>(), zero<A>(), zero<A>()};
-    each_vector<A>(std::min(kBlock, n - begin),
+    each_vector<T>(std::min(kBlock, n - begin),
                    [&](auto slot, int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
                      const Vec<A> v = lanes.load(x + begin + j);
                      sum[slot] = fma(v, v, sum[slot]);
@@ -82,32 +82,39 @@ void add_row(T* h, const T* residual, const T* x, const Dropout& dropout, int64_
     const T *r = residual + begin, *branch = x + begin;
     if (dropout.p > 0) {
       dropout_factors(factor, dropout, row, begin, m);
-      write_row(h + begin, m, false, [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+      write_row<A>(h + begin, m, false, [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
         return lanes.load(branch + j) * lanes.load(factor + j) + lanes.load(r + j);
       });
     } else {
-      write_row(h + begin, m, false, [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+      write_row<A>(h + begin, m, false, [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
         return lanes.load(branch + j) + lanes.load(r + j);
       });
     }
   }
 }
 
-// The weights in the accumulation type, `missing` where there are none.
-template <typename A>
+// The weights in the accumulation type and the order of T; `missing` where there are none.
+template <typename T, typename A = Acc<T>>
 class Weights {
  public:
   Weights(const void* data, DType dtype, int64_t n, A missing) {
-    if (data && dtype == dtype_of<A>()) {
-      values_ = static_cast<const A*>(data);
-      return;
+    const bool direct = data && dtype == dtype_of<A>();
+    values_ = static_cast<const A*>(data);
+    if (direct && !kPaired<T>) return;
+    if (!direct) {
+      own_ = scratch<A>(n);
+      if (data)
+        widen_row(own_.get(), data, dtype, 1, n);
+      else
+        std::fill_n(own_.get(), n, missing);
+      values_ = own_.get();
     }
-    own_ = scratch<A>(n);
-    if (data)
-      widen_row(own_.get(), data, dtype, 1, n);
-    else
-      std::fill_n(own_.get(), n, missing);
-    values_ = own_.get();
+    if (kPaired<T> && data) {
+      std::unique_ptr<A[]> ordered = scratch<A>(n);
+      to_order_of<T>(ordered.get(), values_, n);
+      own_ = std::move(ordered);
+      values_ = own_.get();
+    }
   }
   const A* get() const { return values_; }
 
@@ -120,8 +127,8 @@ template <typename T>
 void forward(const LayerNormParams& p) {
   using A = Acc<T>;
   const int64_t n = p.width, rows = p.rows.count(), bytes = rows * n * int64_t(sizeof(T));
-  const Weights<A> weights(p.weight, p.weight_dtype, n, A(1));
-  const Weights<A> biases(p.bias, p.bias_dtype, n, A(0));
+  const Weights<T> weights(p.weight, p.weight_dtype, n, A(1));
+  const Weights<T> biases(p.bias, p.bias_dtype, n, A(0));
   const A *weight = weights.get(), *bias = biases.get();
   const bool past_cache = bytes >= kStreamBytes;
   if (past_cache) {
@@ -148,7 +155,7 @@ void forward(const LayerNormParams& p) {
       const A centre = A(moment.mean);
       const Vec<A> centres = set1(centre), scale = set1(A(rstd));
       const Vec<A> rest = set1(A((double(centre) - moment.mean) * rstd));
-      write_row(static_cast<T*>(p.y) + row * n, n, past_cache,
+      write_row<T>(static_cast<T*>(p.y) + row * n, n, past_cache,
                 [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
                   prefetch(next + j);
                   const Vec<A> x_hat = fma(lanes.load(x + j) - centres, scale, rest);
@@ -161,7 +168,7 @@ void forward(const LayerNormParams& p) {
 
 // ---- backward ----------------------------------------------------------------------------------
 
-// A thread's sums of dweight and dbias, over two levels: the first takes kFlush additions, then goes
+// A thread's sums of dweight and dbias, in the order of T, over two levels: the first takes kFlush additions, then goes
 // into the second, so that thousands of rows do not add up their rounding.
 template <typename A>
 class Partials {
@@ -216,7 +223,7 @@ void backward_sums(BackwardRow<T>* rows, const Acc<T>* weight, Acc<T>* dweight, 
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     Vec<A> sum_g[kRows], sum_gd[kRows];
     for (int r = 0; r < kRows; ++r) sum_g[r] = sum_gd[r] = zero<A>();
-    each_vector<A>(std::min(kBlock, n - begin),
+    each_vector<T>(std::min(kBlock, n - begin),
                    [&](auto, int64_t i, auto lanes) FASTATTN_INLINE_LAMBDA {
                      const int64_t j = begin + i;
                      const Vec<A> w = lanes.load(weight + j);
@@ -268,7 +275,7 @@ void backward_row(const BackwardRow<T>& row, const LayerNormParams& p, const Lay
   T* dx = grads.dx ? static_cast<T*>(grads.dx) + index * n : nullptr;
   T* dresidual = grads.dresidual ? static_cast<T*>(grads.dresidual) + index * n : nullptr;
   if (!grads.dnew_residual && !dresidual && p.dropout.p == 0) {
-    if (dx) write_row(dx, n, past_cache, through_norm);
+    if (dx) write_row<T>(dx, n, past_cache, through_norm);
     return;
   }
 
@@ -276,24 +283,25 @@ void backward_row(const BackwardRow<T>& row, const LayerNormParams& p, const Lay
   if (grads.dnew_residual)
     dnew = static_cast<const T*>(grads.dnew_residual.data) +
            p.rows.offset(index, grads.dnew_residual);
-  A dh[kBlock], factor[kBlock];
+  A dh[kBlock], natural[kBlock], factor[kBlock];
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t m = std::min(kBlock, n - begin);
-    write_row(dh, m, false, [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+    each_vector<T>(m, [&](auto, int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
       const Vec<A> v = through_norm(begin + j, lanes);
-      return dnew ? v + lanes.load(dnew + begin + j) : v;
+      lanes.store(dh + j, dnew ? v + lanes.load(dnew + begin + j) : v);
     });
     if (dresidual)
-      write_row(dresidual + begin, m, past_cache, [&](int64_t j, auto lanes)
+      write_row<T>(dresidual + begin, m, past_cache, [&](int64_t j, auto lanes)
                 FASTATTN_INLINE_LAMBDA { return lanes.load(dh + j); });
     if (!dx) continue;
     if (p.dropout.p > 0) {
-      dropout_factors(factor, p.dropout, index, begin, m);
-      write_row(dx + begin, m, past_cache, [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+      dropout_factors(natural, p.dropout, index, begin, m);
+      to_order_of<T>(factor, natural, m);
+      write_row<T>(dx + begin, m, past_cache, [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
         return lanes.load(dh + j) * lanes.load(factor + j);
       });
     } else {
-      write_row(dx + begin, m, past_cache, [&](int64_t j, auto lanes)
+      write_row<T>(dx + begin, m, past_cache, [&](int64_t j, auto lanes)
                 FASTATTN_INLINE_LAMBDA { return lanes.load(dh + j); });
     }
   }
@@ -333,10 +341,10 @@ void backward_group(int64_t first, BackwardRow<T>* rows, const LayerNormParams& 
 template <typename T>
 void backward(const LayerNormParams& p, const LayerNormGrads& grads) {
   using A = Acc<T>;
-  constexpr int kGroup = 4;
+  constexpr int kGroup = 2;
   constexpr int64_t kGroupBytes = 256 << 10;  // of x and dy, to be found again by the second pass
   const int64_t n = p.width, rows = p.rows.count(), bytes = rows * n * int64_t(sizeof(T));
-  const Weights<A> weights(p.weight, p.weight_dtype, n, A(1));
+  const Weights<T> weights(p.weight, p.weight_dtype, n, A(1));
   const A* weight = weights.get();
   const bool past_cache = bytes >= kStreamBytes;
   if (past_cache) {
@@ -373,7 +381,9 @@ void backward(const LayerNormParams& p, const LayerNormGrads& grads) {
     for (const auto& partial : partials)
       if (partial)
         for (int64_t j = 0; j < n; ++j) sum[j] += ((*partial).*total)()[j];
-    narrow_row(out, sum.get(), dtype, n);
+    const std::unique_ptr<A[]> natural = scratch<A>(n);
+    from_order_of<T>(natural.get(), sum.get(), n);
+    narrow_row(out, natural.get(), dtype, n);
   };
   reduce(grads.dweight, p.weight_dtype, &Partials<A>::total_dweight);
   reduce(grads.dbias, p.bias_dtype, &Partials<A>::total_dbias);

@@ -64,13 +64,70 @@ struct First {
   }
 };
 
+// Half of two vectors of bf16 that are taken at once, in the order that the instruction set likes: the
+// even numbers, then the odd ones. Numbers of the accumulation type beside them lie in this "paired"
+// order too: even ones, odd ones, for each 2 kWidth of a row; what does not fill a pair lies as is.
+template <bool kOdd>
+struct HalfPair {
+  template <typename T>
+  FASTATTN_INLINE auto load(const T* p) const {
+#if defined(FASTATTN_X86_VECTORS)
+    if constexpr (std::is_same_v<T, bf16>) return kOdd ? load_odd(p) : load_even(p);
+#endif
+    return fastattn::load(p + (kOdd ? Vec<Acc<T>>::kWidth : 0));
+  }
+  template <typename A>
+  FASTATTN_INLINE void store(A* p, Vec<A> x) const {
+    fastattn::store(p + (kOdd ? Vec<A>::kWidth : 0), x);
+  }
+  template <typename A>
+  FASTATTN_INLINE Vec<A> keep(Vec<A> x, A) const {
+    return x;
+  }
+};
+
+// Whether rows of T are visited in paired order.
+#if defined(FASTATTN_X86_VECTORS)
+template <typename T>
+constexpr bool kPaired = std::is_same_v<T, bf16>;
+#else
+template <typename T>
+constexpr bool kPaired = false;
+#endif
+
+// out = in in the order of T, or back from it.
+template <typename T, typename A>
+void to_order_of(A* out, const A* in, int64_t n) {
+  constexpr int64_t w = Vec<A>::kWidth;
+  int64_t j = 0;
+  if constexpr (kPaired<T>)
+    for (; j + 2 * w <= n; j += 2 * w)
+      for (int64_t i = 0; i < w; ++i) {
+        out[j + i] = in[j + 2 * i];
+        out[j + w + i] = in[j + 2 * i + 1];
+      }
+  std::copy(in + j, in + n, out + j);
+}
+template <typename T, typename A>
+void from_order_of(A* out, const A* in, int64_t n) {
+  constexpr int64_t w = Vec<A>::kWidth;
+  int64_t j = 0;
+  if constexpr (kPaired<T>)
+    for (; j + 2 * w <= n; j += 2 * w)
+      for (int64_t i = 0; i < w; ++i) {
+        out[j + 2 * i] = in[j + i];
+        out[j + 2 * i + 1] = in[j + w + i];
+      }
+  std::copy(in + j, in + n, out + j);
+}
+
 constexpr int kUnroll = 4;  // independent accumulators hide the latency of additions
 
-// Calls body(slot, j, lanes) for each vector [j, j + width) of n numbers; `slot` is a compile-time
+// Calls body(slot, j, lanes) for each vector of n numbers, in the order of T; `slot` is a compile-time
 // 0 .. kUnroll - 1, for the accumulators. The first vector is cut to `head` lanes where that is not 0.
-template <typename A, typename Body>
+template <typename T, typename Body>
 FASTATTN_INLINE void each_vector(int64_t head, int64_t n, const Body& body) {
-  constexpr int64_t w = Vec<A>::kWidth;
+  constexpr int64_t w = Vec<Acc<T>>::kWidth;
   const std::integral_constant<int, 0> s0;
   const std::integral_constant<int, 1> s1;
   const std::integral_constant<int, 2> s2;
@@ -79,6 +136,19 @@ FASTATTN_INLINE void each_vector(int64_t head, int64_t n, const Body& body) {
   if (head) {
     j = std::min(head, n);
     body(s0, int64_t(0), First{int(j)});
+  }
+  if constexpr (kPaired<T>) {
+    for (; j + kUnroll * w <= n; j += kUnroll * w) {
+      body(s0, j, HalfPair<false>{});
+      body(s1, j, HalfPair<true>{});
+      body(s2, j + 2 * w, HalfPair<false>{});
+      body(s3, j + 2 * w, HalfPair<true>{});
+    }
+    if (j + 2 * w <= n) {
+      body(s0, j, HalfPair<false>{});
+      body(s1, j, HalfPair<true>{});
+      j += 2 * w;
+    }
   }
   for (; j + kUnroll * w <= n; j += kUnroll * w) {
     body(s0, j, Whole{});
@@ -89,9 +159,9 @@ FASTATTN_INLINE void each_vector(int64_t head, int64_t n, const Body& body) {
   for (; j + w <= n; j += w) body(s0, j, Whole{});
   if (j < n) body(s0, j, First{int(n - j)});
 }
-template <typename A, typename Body>
+template <typename T, typename Body>
 FASTATTN_INLINE void each_vector(int64_t n, const Body& body) {
-  each_vector<A>(0, n, body);
+  each_vector<T>(0, n, body);
 }
 
 // The numbers before the first address at which stream() may store.
@@ -101,17 +171,37 @@ int64_t unaligned_head(const T* p) {
   return int64_t((bytes - reinterpret_cast<uintptr_t>(p) % bytes) % bytes / sizeof(T));
 }
 
-// Writes value(j, lanes) to out[j]; `past_cache` sends it straight to memory.
-template <typename T, typename Value>
+// Writes value(j, lanes) to out[j], in the order of Order: T, or Acc<T> for j as it is. `past_cache`
+// sends it straight to memory.
+template <typename Order, typename T, typename Value>
 FASTATTN_INLINE void write_row(T* out, int64_t n, bool past_cache, const Value& value) {
-  using A = Acc<T>;
-  if (past_cache) {
-    each_vector<A>(unaligned_head(out), n, [&](auto, int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
-      lanes.stream(out + j, value(j, lanes));
+#if defined(FASTATTN_X86_VECTORS)
+  if constexpr (kPaired<Order>) {
+    int64_t j = 0;
+    static_assert(std::is_same_v<Order, T>);
+    constexpr int64_t w = Vec<Acc<T>>::kWidth;
+    const HalfPair<false> even;
+    const HalfPair<true> odd;
+    // A head would shift the pairs against those of the numbers beside: such rows go by the cache.
+    past_cache = past_cache && reinterpret_cast<uintptr_t>(out) % (2 * w * sizeof(T)) == 0;
+    if (past_cache)
+      for (; j + 2 * w <= n; j += 2 * w) stream_pair(out + j, value(j, even), value(j, odd));
+    else
+      for (; j + 2 * w <= n; j += 2 * w) store_pair(out + j, value(j, even), value(j, odd));
+    each_vector<Acc<T>>(n - j, [&](auto, int64_t i, auto lanes) FASTATTN_INLINE_LAMBDA {
+      lanes.store(out + j + i, value(j + i, lanes));
     });
+    return;
+  }
+#endif
+  if (past_cache) {
+    each_vector<Acc<T>>(unaligned_head(out), n,
+                        [&](auto, int64_t i, auto lanes) FASTATTN_INLINE_LAMBDA {
+                          lanes.stream(out + i, value(i, lanes));
+                        });
   } else {
-    each_vector<A>(n, [&](auto, int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
-      lanes.store(out + j, value(j, lanes));
+    each_vector<Acc<T>>(n, [&](auto, int64_t i, auto lanes) FASTATTN_INLINE_LAMBDA {
+      lanes.store(out + i, value(i, lanes));
     });
   }
 }

@@ -57,9 +57,10 @@ FASTATTN_INLINE Vec<A> score(const In* x, const A* mask, Vec<A> scale, Lanes lan
   return s;
 }
 
+// x <= 0, or NaN, of which exp2_below keeps only those without a payload.
 template <typename A>
 FASTATTN_INLINE Vec<A> exp_of(Vec<A> x) {
-  return exp2(x * set1(A(kLog2E)));
+  return select(equal(x, x), exp2_below(x * set1(A(kLog2E))), x);
 }
 
 // What to subtract before exp: -inf - -inf would be NaN in a block without anything to keep.
@@ -70,12 +71,12 @@ A safe_base(A maximum) {
 
 // ---- rows: inner = 1 ---------------------------------------------------------------------------
 
-// s[j] = the scores of n numbers; their maximum.
-template <typename In, MaskKind kMask, typename A = Acc<In>>
+// s = the scores of n numbers, in the given order; their maximum.
+template <typename Order, typename In, MaskKind kMask, typename A = Acc<In>>
 A load_scores(A* s, const In* x, const A* mask, A scale, int64_t n) {
   const Vec<A> low = set1(-kInfinity<A>), scales = set1(scale);
   Vec<A> top[kUnroll] = {low, low, low, low};
-  each_vector<A>(n, [&](auto slot, int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+  each_vector<Order>(n, [&](auto slot, int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
     const Vec<A> v = score<In, kMask>(x + j, mask + j, scales, lanes);
     lanes.store(s + j, v);
     top[slot] = vmax(top[slot], lanes.keep(v, -kInfinity<A>));
@@ -117,6 +118,8 @@ struct RowSum {
 template <typename In, typename Out, MaskKind kMask>
 void forward_rows(const SoftmaxParams& p) {
   using A = Acc<In>;
+  // A mask lies as it is, so do numbers of another type.
+  using Order = std::conditional_t<kMask == MaskKind::kNone && std::is_same_v<In, Out>, Out, A>;
   const int64_t n = p.width, rows = p.rows.count(), bytes = rows * n * int64_t(sizeof(Out));
   const bool past_cache = bytes >= kStreamBytes, keep = n <= kKeptScores;
   if (past_cache) expect_large_write(p.y, bytes);
@@ -135,7 +138,7 @@ void forward_rows(const SoftmaxParams& p) {
         const A* mask = nullptr;
         if constexpr (kMask != MaskKind::kNone)
           mask = mask_run.at(mask_row + first * p.mask.stride[3], p.mask.stride[3], m);
-        return load_scores<In, kMask>(kept.get() + (keep ? first : 0), x + first, mask, scale, m);
+        return load_scores<Order, In, kMask>(kept.get() + (keep ? first : 0), x + first, mask, scale, m);
       };
 
       RowSum<A> sum;
@@ -159,18 +162,18 @@ void forward_rows(const SoftmaxParams& p) {
         if (!keep) load_block(first, count);
         const A* s = kept.get() + (keep ? first : 0);
         if (p.log) {
-          write_row(y + first, count, past_cache, [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+          write_row<Order>(y + first, count, past_cache, [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
             return (lanes.load(s + j) - maximum) - log_total;
           });
         } else if (keep) {
           const double base = bases[first / kBlock];
           const Vec<A> factor = set1(A(base == m ? inverse : std::exp(base - m) * inverse));
-          write_row(y + first, count, past_cache, [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+          write_row<Order>(y + first, count, past_cache, [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
             return lanes.load(s + j) * factor;
           });
         } else {
           const Vec<A> factor = set1(A(inverse));
-          write_row(y + first, count, past_cache, [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+          write_row<Order>(y + first, count, past_cache, [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
             return exp_of(lanes.load(s + j) - maximum) * factor;
           });
         }
@@ -184,6 +187,7 @@ void forward_rows(const SoftmaxParams& p) {
 template <typename T, typename Dx, bool kLog>
 void backward_rows(const SoftmaxGrads& p) {
   using A = Acc<T>;
+  using Order = std::conditional_t<std::is_same_v<T, Dx>, T, A>;
   const int64_t n = p.width, rows = p.rows.count(), bytes = rows * n * int64_t(sizeof(Dx));
   const bool past_cache = bytes >= kStreamBytes;
   if (past_cache) expect_large_write(p.dx, bytes);
@@ -198,7 +202,7 @@ void backward_rows(const SoftmaxGrads& p) {
       double total = 0;
       for (int64_t first = 0; first < n; first += kBlock) {
         Vec<A> sum[kUnroll] = {zero<A>(), zero<A>(), zero<A>(), zero<A>()};
-        each_vector<A>(std::min(kBlock, n - first),
+        each_vector<Order>(std::min(kBlock, n - first),
                        [&](auto slot, int64_t i, auto lanes) FASTATTN_INLINE_LAMBDA {
                          const Vec<A> up = lanes.load(dy + first + i);
                          if constexpr (kLog)
@@ -209,7 +213,7 @@ void backward_rows(const SoftmaxGrads& p) {
         total += hsum((sum[0] + sum[1]) + (sum[2] + sum[3]));
       }
       const Vec<A> dot = set1(A(total));
-      write_row(static_cast<Dx*>(p.dx) + row * n, n, past_cache,
+      write_row<Order>(static_cast<Dx*>(p.dx) + row * n, n, past_cache,
                 [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
                   prefetch(next_y + j);
                   prefetch(next_dy + j);
@@ -320,7 +324,7 @@ void forward_columns(const SoftmaxParams& p) {
         if (!keep) load_scores(d);
         const A* s = scores(d);
         Out* out = y + d * p.inner;
-        write_row(out, count, false, [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+        write_row<A>(out, count, false, [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
           const Vec<A> v = lanes.load(s + j), f = lanes.load(factor + j);
           if (p.log) return (v - lanes.load(base + j)) - f;
           if (keep) return v * f;
@@ -359,7 +363,7 @@ void backward_columns(const SoftmaxGrads& p) {
       }
       for (int64_t d = 0; d < n; ++d) {
         const T *v = y + d * p.y.stride[3], *up = dy + d * p.dy.stride[3];
-        write_row(dx + d * p.inner, count, false, [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+        write_row<A>(dx + d * p.inner, count, false, [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
           const Vec<A> out = lanes.load(v + j), g = lanes.load(up + j), total = lanes.load(dot.total + j);
           if constexpr (!kLog) return out * scale * (g - total);
           const Vec<A> gradient = scale * (g - exp_of(out) * total);

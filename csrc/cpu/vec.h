@@ -8,6 +8,7 @@
 //   vmax(a, b), vmin(a, b)  return b when either is NaN, as x86 does: put what must survive second
 #pragma once
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -223,8 +224,8 @@ FASTATTN_INLINE Vec<double> exp2(Vec<double> x) {
   for (int i = 0; i < Vec<double>::kWidth; ++i) x.lane[i] = std::exp2(x.lane[i]);
   return x;
 }
-template <typename A>
-FASTATTN_INLINE void stream(A* p, Vec<A> x) {
+template <typename T, typename A>
+FASTATTN_INLINE void stream(T* p, Vec<A> x) {
   store(p, x);
 }
 template <typename A>
@@ -284,14 +285,15 @@ FASTATTN_INLINE VecF widen(bf16, __m128i x) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16))};
 }
 FASTATTN_INLINE VecF widen(f16, __m128i x) { return {_mm256_cvtph_ps(x)}; }
-FASTATTN_INLINE __m128i narrow(bf16, VecF x) {
+// The upper half of each lane is x rounded to bf16; a NaN becomes all ones.
+FASTATTN_INLINE __m256i round_to_upper_half(VecF x) {
   const __m256i bits = _mm256_castps_si256(x.v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  __m256i r = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
-  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
-  r = _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(r), _mm256_castsi256_ps(quiet),
-                                           _mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q)));
-  r = _mm256_srli_epi32(r, 16);
+  const __m256i r = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  return _mm256_or_si256(r, _mm256_castps_si256(_mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q)));
+}
+FASTATTN_INLINE __m128i narrow(bf16, VecF x) {
+  const __m256i r = _mm256_srli_epi32(round_to_upper_half(x), 16);
   return _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
 }
 FASTATTN_INLINE __m128i narrow(f16, VecF x) {
@@ -327,6 +329,24 @@ FASTATTN_INLINE void store_n(f16* p, VecF x, int n) { store_half_n(p, x, n); }
 FASTATTN_INLINE void stream(float* p, VecF x) { _mm256_stream_ps(p, x.v); }
 FASTATTN_INLINE void stream(bf16* p, VecF x) { _mm_stream_si128((__m128i*)p, narrow(bf16{}, x)); }
 FASTATTN_INLINE void stream(f16* p, VecF x) { _mm_stream_si128((__m128i*)p, narrow(f16{}, x)); }
+// Two vectors at once in the order that costs least: the even numbers of 2 kWidth, and the odd ones.
+FASTATTN_INLINE VecF load_even(const bf16* p) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256((const __m256i*)p), 16))};
+}
+FASTATTN_INLINE VecF load_odd(const bf16* p) {
+  return {_mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256((const __m256i*)p),
+                                               _mm256_set1_epi32(int(0xffff0000))))};
+}
+FASTATTN_INLINE __m256i interleave(VecF even, VecF odd) {
+  return _mm256_blend_epi16(_mm256_srli_epi32(round_to_upper_half(even), 16),
+                            round_to_upper_half(odd), 0xaa);
+}
+FASTATTN_INLINE void store_pair(bf16* p, VecF even, VecF odd) {
+  _mm256_storeu_si256((__m256i*)p, interleave(even, odd));
+}
+FASTATTN_INLINE void stream_pair(bf16* p, VecF even, VecF odd) {  // p aligned to both vectors
+  _mm256_stream_si256((__m256i*)p, interleave(even, odd));
+}
 FASTATTN_INLINE VecF operator+(VecF a, VecF b) { return {_mm256_add_ps(a.v, b.v)}; }
 FASTATTN_INLINE VecF operator-(VecF a, VecF b) { return {_mm256_sub_ps(a.v, b.v)}; }
 FASTATTN_INLINE VecF operator*(VecF a, VecF b) { return {_mm256_mul_ps(a.v, b.v)}; }
@@ -465,6 +485,25 @@ FASTATTN_INLINE void stream(bf16* p, VecF x) {
   _mm256_stream_si256((__m256i*)p, narrow(bf16{}, x));
 }
 FASTATTN_INLINE void stream(f16* p, VecF x) { _mm256_stream_si256((__m256i*)p, narrow(f16{}, x)); }
+// As in the AVX2 part.
+FASTATTN_INLINE VecF load_even(const bf16* p) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16))};
+}
+FASTATTN_INLINE VecF load_odd(const bf16* p) {
+  return {_mm512_castsi512_ps(
+      _mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(int(0xffff0000))))};
+}
+FASTATTN_INLINE __m512i interleave(VecF even, VecF odd) {
+  const __m512i low = _mm512_cvtepu16_epi32(narrow(bf16{}, even));
+  const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow(bf16{}, odd)), 16);
+  return _mm512_or_si512(low, high);
+}
+FASTATTN_INLINE void store_pair(bf16* p, VecF even, VecF odd) {
+  _mm512_storeu_si512(p, interleave(even, odd));
+}
+FASTATTN_INLINE void stream_pair(bf16* p, VecF even, VecF odd) {
+  _mm512_stream_si512((__m512i*)p, interleave(even, odd));
+}
 FASTATTN_INLINE VecF operator+(VecF a, VecF b) { return {_mm512_add_ps(a.v, b.v)}; }
 FASTATTN_INLINE VecF operator-(VecF a, VecF b) { return {_mm512_sub_ps(a.v, b.v)}; }
 FASTATTN_INLINE VecF operator*(VecF a, VecF b) { return {_mm512_mul_ps(a.v, b.v)}; }

@@ -13,18 +13,11 @@ import torch
 from torch import Tensor
 
 from .base import AttentionCall, Backend, Needs, empty_output, statistics_dtype
+from .cpu_rows import DTYPES, RowKernels
 
 if TYPE_CHECKING:
     from ..dispatch import Request
 
-# As in csrc/common/params.h.
-DTYPES = {
-    torch.float32: 0,
-    torch.float64: 1,
-    torch.bfloat16: 2,
-    torch.float16: 3,
-    torch.bool: 4,
-}
 ISAS = ("avx512bf16", "avx512", "avx2", "neon", "baseline")  # best first
 
 
@@ -59,7 +52,7 @@ def load_extension() -> tuple[ModuleType | None, str, str]:
     return None, "", reason or "no extension that was built runs on this CPU"
 
 
-class CpuBackend(Backend):
+class CpuBackend(RowKernels, Backend):
     name = "cpu"
 
     def __init__(self) -> None:
@@ -77,8 +70,6 @@ class CpuBackend(Backend):
             reasons.append(f"needs a CPU tensor (got {request.device.type})")
         if request.dtype not in DTYPES:
             reasons.append(f"serves float32, float64, bfloat16 and float16 (got {request.dtype})")
-        if not request.op.startswith("attention"):
-            reasons.append(f"{request.op} is not built yet")
         return reasons
 
     def attention_forward(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
