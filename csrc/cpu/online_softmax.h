@@ -1,6 +1,8 @@
 // The online softmax (Milakov and Gimelshein, 2018) of a tile of queries: a running maximum and sum
 // of each row; what was accumulated so far is rescaled by exp(max_before - max) at each new block.
 #pragma once
+#include <cstddef>
+
 #include "attention_score.h"
 #include "scratch.h"
 
