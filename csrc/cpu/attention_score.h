@@ -69,7 +69,7 @@ struct ScoreMod {
       load_bias_row(scratch, p, b, h, i, j, int(std::min<int64_t>(n, p.shape.k_len - j)));
       for (int64_t c = p.shape.k_len - j; c < n; ++c) scratch[c] = 0;
     }
-    const V minus_slope = set1(-slope);
+    const V minus_slope = set1(-slope), hidden = set1(-std::numeric_limits<A>::infinity());
     V distance = set1(A(j - i - p.mask.shift)) + iota<A>();
     for (int c = 0; c < n; c += w) {
       V t = load(row + c) * scale;
@@ -83,7 +83,10 @@ struct ScoreMod {
         t = fma(minus_slope, vabs(distance), t);
         distance = distance + set1(A(w));
       }
-      if (p.bias) t = t + load(scratch + c);
+      if (p.bias) {  // -inf hides also what is NaN or infinite
+        const V x = load(scratch + c);
+        t = select(equal(x, hidden), hidden, t + x);
+      }
       store(row + c, t);
       if constexpr (kWithSlope) store(slope_out + c, derivative);
     }

@@ -18,8 +18,9 @@ FASTATTN_INLINE Vec<A> reduce_rows(const A* rows, const Reduce& reduce) {
   return x[0];
 }
 
-// Where ScoreMod has something to do, maxima are kept in natural units, which cannot overflow for
-// biases near the largest float; else in units of log2, with the scale folded into the exponent.
+// Maxima are kept as scores, scaled or not, and a score's difference to them is taken before it is
+// scaled to log2: the greatest itself must come out as exactly 0, also where a rounding is worth
+// thousands, and biases near the largest float must not overflow.
 template <typename A>
 class OnlineSoftmax {
   using V = Vec<A>;
@@ -74,23 +75,15 @@ class OnlineSoftmax {
     }
     update_max(r0, rows);
 
-    const V factor = set1(modified_ ? A(kLog2E) : A(p_.scale * kLog2E));
+    const V factor = set1(to_log2());
     const bool convert_later = mark || p_.dropout.p > 0;
     for (int r = 0; r < rows; ++r) {
       A* row = scores + ptrdiff_t(r) * score_row;
       P* out = probs + ptrdiff_t(r) * score_row;
       const V reference = set1(reference_[r]);
-      V total;
-      if (modified_) {
-        const auto exponent = [&](V s) { return (s - reference) * factor; };
-        total = convert_later ? exponentiate(row, row, width, exponent)
-                              : exponentiate(row, out, width, exponent);
-      } else {
-        const V minus = zero<A>() - reference;
-        const auto exponent = [&](V s) { return fma(s, factor, minus); };
-        total = convert_later ? exponentiate(row, row, width, exponent)
-                              : exponentiate(row, out, width, exponent);
-      }
+      const auto exponent = [&](V s) { return (s - reference) * factor; };
+      const V total = convert_later ? exponentiate(row, row, width, exponent)
+                                    : exponentiate(row, out, width, exponent);
       store(lanes_ + r * w, total);
       if (mark)
         for (int c = 0; c < n; ++c)
@@ -109,13 +102,12 @@ class OnlineSoftmax {
   // What the results of row r0, ... before the last block() are to be multiplied by.
   const A* factors(int r0) const { return factor_ + r0; }
   // The maximum of the logits. In double: a rounding here would shift lse, and with it every
-  // probability that the backward makes of it. The divisor is the factor as it was rounded.
-  double max(int r) const {
-    return modified_ ? double(max_[r]) : max_[r] * (p_.scale / double(A(p_.scale * kLog2E)));
-  }
+  // probability that the backward makes of it.
+  double max(int r) const { return modified_ ? double(max_[r]) : max_[r] * p_.scale; }
   A sum(int r) const { return sum_[r]; }  // of exp(logit - max)
 
  private:
+  A to_log2() const { return modified_ ? A(kLog2E) : A(p_.scale * kLog2E); }
   template <typename P, typename Exponent>
   static FASTATTN_INLINE V exponentiate(const A* row, P* out, int width, const Exponent& exponent) {
     V even = zero<A>(), odd = zero<A>();
@@ -137,15 +129,14 @@ class OnlineSoftmax {
 
   // Rows beyond the last are carried along as garbage in the padding, and overwritten later.
   void update_max(int r0, int rows) {
-    const V hidden = set1(kHidden), unit = set1(modified_ ? A(1) : A(p_.scale * kLog2E));
-    const V to_log2 = set1(modified_ ? A(kLog2E) : A(1));
+    const V hidden = set1(kHidden), factor = set1(to_log2());
     for (int r = 0; r < rows; r += w) {
       const int live = std::min(w, rows - r);
-      const V block = reduce_rows(lanes_ + r * w, [](V a, V b) { return vmax(a, b); }) * unit;
+      const V block = reduce_rows(lanes_ + r * w, [](V a, V b) { return vmax(a, b); });
       const V before = load_n(max_ + r0 + r, live);
       const V now = vmax(block, before);
       // No change, also from -inf to -inf: a factor of 1.
-      const V step = select(equal(now, before), zero<A>(), (before - now) * to_log2);
+      const V step = select(equal(now, before), zero<A>(), (before - now) * factor);
       store_n(max_ + r0 + r, now, live);
       store_n(factor_ + r0 + r, exp2_below(step), live);
       // A row that has seen nothing yet is all -inf: any finite reference turns it into zeros.

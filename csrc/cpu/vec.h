@@ -224,8 +224,8 @@ FASTATTN_INLINE Vec<double> exp2(Vec<double> x) {
   for (int i = 0; i < Vec<double>::kWidth; ++i) x.lane[i] = std::exp2(x.lane[i]);
   return x;
 }
-template <typename A>
-FASTATTN_INLINE void stream(A* p, Vec<A> x) {
+template <typename T, typename A = Acc<T>>
+FASTATTN_INLINE void stream(T* p, Vec<A> x) {
   store(p, x);
 }
 template <typename A>
