@@ -64,7 +64,7 @@ class BuildExtensions(build_ext):
     """Builds what the compiler can, and leaves a record of it in fastattn/_build_info.py."""
 
     def build_extensions(self) -> None:
-        self.reason = "" if self.compiler_works() else "no C++ compiler at install"
+        self.reason = self.obstacle()
         if self.reason:
             print(f"fastattn: {self.reason}; every call will use the reference backend")
             self.extensions = []
@@ -72,10 +72,18 @@ class BuildExtensions(build_ext):
             self.compile_all()
         self.write_build_info()
 
-    def compiler_works(self) -> bool:
+    def obstacle(self) -> str:
+        """Why nothing can be compiled here, found out in a second; empty when it can."""
+        if not self.compiles("#include <thread>"):
+            return "no C++ compiler at install"
+        if not self.compiles("#include <Python.h>"):
+            return "no Python.h at install (a package such as python3-dev has it)"
+        return ""
+
+    def compiles(self, line: str) -> bool:
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "probe.cpp")
-            source.write_text("#include <thread>\nint main() { return 0; }\n")
+            source.write_text(f"{line}\nint main() {{ return 0; }}\n")
             try:
                 self.compiler.compile([str(source)], output_dir=folder, extra_postargs=COMMON)
             except (CCompilerError, ExecError, PlatformError, OSError) as error:

@@ -177,3 +177,21 @@ def test_bench_runs_and_writes_its_reports(tmp_path):
         assert set(result["times"]) == {"ours", "torch", "naive"}
         assert result["ratios"]["torch"]["low"] <= result["ratios"]["torch"]["high"]
     assert "<svg" in page.read_text()
+
+
+def test_every_usable_instruction_set_is_proved(monkeypatch):
+    from fastattn.backends import BACKENDS
+    from fastattn.bench import machine
+
+    record = {"isas": ["avx2"], "usable": ["avx2", "baseline"], "reason": "", "compiler": "c++"}
+    monkeypatch.setattr(machine, "build_record", lambda: record)
+    monkeypatch.setattr(type(BACKENDS["cpu"]), "unavailable", lambda self: None)
+    best, other = proof.targets("softmax", "cpu")
+    assert (best.isa, best.every_dtype, other.isa, other.every_dtype) == (
+        "avx2",
+        True,
+        "baseline",
+        False,
+    )
+    assert {case.dtype for case in other.cases()} == {torch.float32, torch.bfloat16}
+    assert len(list(best.cases())) == 2 * len(list(other.cases()))

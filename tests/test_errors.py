@@ -102,7 +102,7 @@ SDPA = [
     ({"scale": "x"}, TypeError, "scale"),
     ({"backend": "none"}, ValueError, "backend: "),
     (
-        {name: X[0, 0] for name in ("query", "key", "value")} | {"enable_gqa": True},
+        dict.fromkeys(("query", "key", "value"), X[0, 0]) | {"enable_gqa": True},
         ValueError,
         "gqa",
     ),

@@ -57,9 +57,10 @@ FASTATTN_INLINE Vec<A> score(const In* x, const A* mask, Vec<A> scale, Lanes lan
   return s;
 }
 
+// x <= 0, or NaN, of which exp2_below keeps only those without a payload.
 template <typename A>
 FASTATTN_INLINE Vec<A> exp_of(Vec<A> x) {
-  return exp2(x * set1(A(kLog2E)));
+  return select(equal(x, x), exp2_below(x * set1(A(kLog2E))), x);
 }
 
 // What to subtract before exp: -inf - -inf would be NaN in a block without anything to keep.

@@ -224,7 +224,7 @@ FASTATTN_INLINE Vec<double> exp2(Vec<double> x) {
   for (int i = 0; i < Vec<double>::kWidth; ++i) x.lane[i] = std::exp2(x.lane[i]);
   return x;
 }
-template <typename T, typename A = Acc<T>>
+template <typename T, typename A>
 FASTATTN_INLINE void stream(T* p, Vec<A> x) {
   store(p, x);
 }

@@ -36,10 +36,10 @@ class RowKernels:
         x, residual, width = call.x, call.residual, call.width
         rows = x.numel() // width if width else 0
         statistics = statistics_dtype(x.dtype)
-        y = x.new_empty(x.shape)
-        new_residual = None if residual is None else x.new_empty(x.shape)
-        mean = None if call.rms else x.new_empty(rows, dtype=statistics)
-        rstd = x.new_empty(rows, dtype=statistics)
+        y = _empty(x)
+        new_residual = None if residual is None else _empty(x)
+        mean = None if call.rms else torch.empty(rows, dtype=statistics)
+        rstd = torch.empty(rows, dtype=statistics)
         if rows:
             shape, held, views = _rows(width, x, residual)
             held_too, sizes, addresses = _weights(call, shape, mean, rstd)
@@ -61,7 +61,7 @@ class RowKernels:
         rows = rstd.numel()
         like = (source, None if call.residual is None else source, call.weight, call.bias)
         grads = tuple(
-            x.new_empty(x.shape) if need and x is not None else None
+            _empty(x) if need and x is not None else None
             for x, need in zip(like, needs, strict=True)
         )
         if rows:
@@ -80,7 +80,7 @@ class RowKernels:
 
     def softmax_forward(self, call: SoftmaxCall) -> Tensor:
         x = call.x
-        y = x.new_empty(x.shape, dtype=call.dtype)
+        y = _empty(x) if call.dtype is x.dtype else torch.empty(x.shape, dtype=call.dtype)
         if not x.numel():
             return y
         shape, held, (view,), mask = _columns(call.dim, (x,), call.mask)
@@ -92,7 +92,7 @@ class RowKernels:
     def softmax_backward(
         self, y: Tensor, dy: Tensor, dim: int, scale: float, log: bool, x_dtype: torch.dtype
     ) -> Tensor:
-        dx = y.new_empty(y.shape, dtype=x_dtype)
+        dx = _empty(y) if x_dtype is y.dtype else torch.empty(y.shape, dtype=x_dtype)
         if not y.numel():
             return dx
         shape, held, (y_view, dy_view), _ = _columns(dim, (y, dy))
@@ -103,6 +103,10 @@ class RowKernels:
 
 
 # ------------------------------------------------------------------------------------- the details
+
+
+def _empty(x: Tensor) -> Tensor:
+    return torch.empty_like(x) if x.is_contiguous() else torch.empty(x.shape, dtype=x.dtype)
 
 
 def _weights(
@@ -133,10 +137,16 @@ def _dropout(call: LayerNormCall) -> tuple[float, int] | None:
 def _rows(width: int, *tensors: Tensor | None) -> Any:
     """(rows along three dimensions, the tensors to keep alive, their views): tensors of one shape,
     whose trailing ``width`` numbers make a row."""
-    if all(x is None or x.is_contiguous() for x in tensors):
-        rows = tensors[0].numel() // width  # type: ignore[union-attr]
-        views = [None if x is None else (x.data_ptr(), 0, 0, width) for x in tensors]
-        return (1, 1, rows), tensors, views
+    views: list[tuple[int, ...] | None] = []
+    for x in tensors:
+        if x is None:
+            views.append(None)
+        elif x.is_contiguous():
+            views.append((x.data_ptr(), 0, 0, width))
+        else:
+            break
+    else:
+        return (1, 1, tensors[0].numel() // width), tensors, views  # type: ignore[union-attr]
     shape = tensors[0].shape  # type: ignore[union-attr]
     lead, size = len(shape), 1
     while size < width:
@@ -156,10 +166,14 @@ def _columns(dim: int, tensors: tuple[Tensor, ...], mask: Tensor | None = None) 
     tensors of one shape, seen as rows x width x inner columns."""
     shape = tensors[0].shape
     width, inner = shape[dim], prod(shape[dim + 1 :])
-    if mask is None and all(x.is_contiguous() for x in tensors):
-        rows, step = tensors[0].numel() // (width * inner), width * inner
-        views = [(x.data_ptr(), 0, 0, step, inner) for x in tensors]
-        return (1, 1, rows, width, inner), tensors, views, None
+    if mask is None:
+        step, views = width * inner, []
+        for x in tensors:
+            if not x.is_contiguous():
+                break
+            views.append((x.data_ptr(), 0, 0, step, inner))
+        else:
+            return (1, 1, tensors[0].numel() // step, width, inner), tensors, views, None
     # Numbers that are neighbours in a row, or across columns, must be neighbours in memory.
     adjacent = dim if inner == 1 else dim + 1
     held = [x if _dense(x, adjacent) else x.contiguous() for x in tensors]

@@ -44,9 +44,7 @@ def make(benchmark: Benchmark, backend: str | None, flex: bool) -> Contenders:
     contenders = Contenders()
     for name, forward in forwards(case, inputs, backend).items():
         contenders.calls[name] = _timed(benchmark, forward, inputs)
-    if benchmark.flex and not flex:
-        contenders.absent[FLEX] = "not asked for: compilation takes long (--flex)"
-    elif benchmark.flex and isinstance(case, AttentionCase):
+    if flex and benchmark.flex and isinstance(case, AttentionCase):
         if learns:
             contenders.absent[FLEX] = "FlexAttention has no backward on CPU"
         else:

@@ -58,6 +58,8 @@ def render(report: Report) -> str:
     parts.append(
         f'<p class="dim">{escape(LEGEND)}. Every case was checked against float64 first.</p>'
     )
+    failed = [f"{r.id}: {r.failure}" for r in report.results if r.failure]
+    parts += [f'<p class="red">FAILED {escape(line)}</p>' for line in failed]
     absent = [(r.id, n, why) for r in report.results for n, why in r.absent.items()]
     parts += [f'<p class="dim">{escape(f"{i}: no {n}: {why}")}</p>' for i, n, why in absent]
     parts += [f'<p class="dim">{escape(note)}</p>' for note in report.notes]

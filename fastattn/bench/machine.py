@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -142,9 +143,10 @@ def build_record() -> dict[str, Any]:
         return {"isas": [], "usable": [], "reason": "nothing was built", "compiler": None}
     module = CpuBackend().module
     runs = module.usable_isas() if module else ()
+    built = [isa for isa in record.CPU_ISAS if find_spec(f"fastattn._cpu_{isa}")]
     return {
-        "isas": list(record.CPU_ISAS),
-        "usable": [isa for isa in ISAS if isa in record.CPU_ISAS and isa in runs],
+        "isas": built,
+        "usable": [isa for isa in ISAS if isa in built and isa in runs],
         "reason": record.REASON,
         "compiler": getattr(record, "COMPILER", None),
     }

@@ -120,7 +120,7 @@ def main() -> None:
             try:
                 _fill(peak, request["backend"])
             except Exception as error:
-                peak.absent = f"{type(error).__name__}: {error}"
+                peak.absent = str(error) or type(error).__name__
             print(json.dumps(asdict(peak)), flush=True)
             os._exit(0)
         _, status = os.waitpid(process, 0)

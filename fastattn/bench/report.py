@@ -18,7 +18,8 @@ SECTIONS = (
 COLUMNS = ("case", "ours", "torch", "naive", "flex", "ratio", "range", "goal", "", "rate", "roof")
 LEGEND = (
     "ratio: torch's time over ours (naive's where torch has no such operator); range: its least "
-    "and most over the rounds; roof: share of this machine's measured GEMM or copy ceiling"
+    "and most over the rounds; roof: share of this machine's measured GEMM or copy ceiling; "
+    "flex: with --flex or --full"
 )
 
 
@@ -47,7 +48,7 @@ def short_name(result: Result) -> str:
 def row(result: Result) -> list[Cell]:
     cells: list[Cell] = [short_name(result)]
     if result.failure:
-        return [*cells, (result.failure[:80], BAD), *[""] * 9]
+        return [*cells, ("failed", BAD), *[""] * 9]
     for contender in ("ours", "torch", "naive", "flex"):
         timing = result.times.get(contender)
         missing = "absent" if contender in result.absent else ""
@@ -141,6 +142,8 @@ def show(console: Console, report: Report) -> None:
             memory_rows(report.memory),
         )
     for result in report.results:
+        if result.failure:
+            console.line(f"FAILED {result.id}: {result.failure}", BAD)
         for name, reason in result.absent.items():
             console.line(f"{result.id}: no {name}: {reason}", DIM)
     for note in report.notes:

@@ -12,6 +12,7 @@ Call = Callable[[], object]
 
 SHORTEST_SAMPLE_S = 2e-3
 MIN_ROUNDS, MAX_ROUNDS, GUEST_ROUNDS = 5, 60, 3
+SLOW_S = 1.0  # a call that takes longer is called less often
 
 
 @dataclass(frozen=True)
@@ -46,16 +47,20 @@ def interleave(
     Rounds go on for about `budget_s`. Guests, which may be many times slower and whose ratio
     nobody's goal depends on, take part in the first three only.
     """
-    repeats, slow = {}, False
+    repeats: dict[str, int] = {}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    least = MIN_ROUNDS
     for name, call in calls.items():
         seconds = _sample(call, 1)  # warm up: threads, workspaces, pages
         if seconds < 0.05:
             seconds = _sample(call, 1)
+        if seconds > SLOW_S and name in guests:
+            samples[name].append(seconds)  # its warming up is lost in that: once must do
+            continue
+        if seconds > SLOW_S:
+            least = GUEST_ROUNDS
         repeats[name] = max(1, round(SHORTEST_SAMPLE_S / max(seconds, 1e-7)))
-        slow = slow or seconds > 1.0
-    least = 3 if slow else MIN_ROUNDS
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
+    names = list(repeats)
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -64,7 +69,7 @@ def interleave(
             if turn >= least and spent > budget_s:
                 break
             for name in names if turn % 2 == 0 else reversed(names):
-                if name in guests and turn >= (1 if slow else GUEST_ROUNDS):
+                if name in guests and turn >= GUEST_ROUNDS:
                     continue
                 seconds = _sample(calls[name], repeats[name])
                 samples[name].append(seconds)
