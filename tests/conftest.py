@@ -3,8 +3,10 @@
 import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Several processes with a team of threads each: idle threads must leave the cores to others.
+    # Several processes share the cores: idle threads must leave them to others, and a call has
+    # one thread unless a test asks for more (test_threads.py does).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from hypothesis import HealthCheck, settings
