@@ -47,7 +47,7 @@ COMMON = (
         "-std=c++17",
         "-fvisibility=hidden",
         "-fno-math-errno",
-        "-ffp-contract=fast",
+        "-ffp-contract=off",
         "-g0",
     ]
 )

@@ -1,11 +1,15 @@
 // Attention backward (Dao et al., "FlashAttention", 2022): the probabilities are made again from lse,
 // tile by tile, and never held whole. With p the probabilities, o the output and l the lse:
 //   dv_j = sum_i drop(p_ij) do_i              dp_ij = drop(do_i . v_j)
-//   dlogit_ij = p_ij (dp_ij - delta_i)        delta_i = do_i . o_i - dl_i
+//   dlogit_ij = p_ij (dp_ij - delta_i + dl_i) delta_i = do_i . o_i
 //   ds_ij = dlogit_ij * dlogit/ds             dq_i = sum_j ds_ij k_j,   dk_j = sum_i ds_ij q_i
 // A unit of work takes a range of keys of one KV head through the queries that see them: dk and dv
 // gather in a tile, dq in a float32 copy of the head.
+//
+// A large lse, say -3e38 from a bias of the smallest float, has no room for the log of the sum, and
+// exp(logit - lse) would be anything: the maxima and sums of those rows are made again.
 #include <memory>
+#include <numeric>
 
 #include "attention_score.h"
 #include "backward_plan.h"
@@ -21,6 +25,13 @@ namespace {
 constexpr int kQueryBlock = 8 * kTileRows;
 template <typename A>
 constexpr int kKeyBlock = kTileRows == 6 && kPanel<A> == 16 ? 96 : 2 * kPanel<A>;
+
+// What turns a logit into its probability: exp(logit - reference) * exp(offset). Usually the
+// reference is lse and the offset 0; for a row made again, its maximum and -log of its sum.
+template <typename A>
+struct RowScale {
+  A reference, offset;
+};
 
 struct Wanted {
   bool dq, dk, dv;
@@ -43,11 +54,14 @@ class BackwardTile {
   using Narrow = std::conditional_t<kDepth == 1, A, T>;        // what the products read
 
  public:
-  BackwardTile(const AttentionParams& p, const AttentionGrads& g, Wanted wanted, Scratch& s)
+  // `again`: of all rows, where some were made again, else null.
+  BackwardTile(const AttentionParams& p, const AttentionGrads& g, Wanted wanted,
+               const RowScale<A>* again, Scratch& s)
       : p_(p),
         g_(g),
         wanted_(wanted),
-        modified_(ScoreMod<A>::needed(p)),
+        again_(again),
+        modified_(ScoreMod<A>::needed(p) || again),
         d_(int(p.shape.head_dim)),
         dv_(int(p.shape.v_dim)),
         d_elems_(int(round_up(d_, kDepth) / kDepth)),
@@ -89,19 +103,12 @@ class BackwardTile {
 
   // Makes the tiles of p and ds for queries [i, i + rows) of head h and the keys at hand.
   void load_queries(int64_t h, int64_t i, int rows) {
-    h_ = h;
-    i_ = i;
-    rows_ = rows;
-    const Source<T> q{p_.q.at<const T>(b_, h, i), p_.q.stride[2], p_.q.stride[3]};
+    const Source<T> q = load_scores(h, i, rows);
     const Source<T> dout{g_.dout.at<const T>(b_, h, i), g_.dout.stride[2], g_.dout.stride[3]};
     const KeyRange full = p_.mask.all_keys(i, i + rows, p_.shape.k_len);
     const bool hides = p_.bias || j_ < full.begin || j_ + n_ > full.end;
     spoils_ = hides && !(keys_finite_ && all_finite(q, rows, d_) && all_finite(dout, rows, dv_));
     const int panels = int(round_up(n_, kWide) / kWide);
-    pack_rows<Compute>(q_rows_, d_elems_, q, rows, d_);
-    tile_matmul<Into::kStore, Compute>({q_rows_, d_elems_, 1},
-                                       {k_transposed_, ptrdiff_t(d_elems_) * kWide}, scores_, kKeys,
-                                       rows, panels, d_elems_);
     if (wanted_.ds()) {
       pack_rows<Compute>(do_rows_, dv_elems_, dout, rows, dv_);
       tile_matmul<Into::kStore, Compute>({do_rows_, dv_elems_, 1},
@@ -111,6 +118,23 @@ class BackwardTile {
     if (wanted_.dk) pack_panels<Compute>(q_panels_, kByRow, q, rows, d_);
     if (wanted_.dv) pack_panels<Compute>(do_panels_, kByRow, dout, rows, dv_);
     differentiate();
+  }
+
+  // Takes the keys at hand into the maximum and the sum of exp(logit - maximum) of each query.
+  void sum_rows(int64_t h, int64_t i, int rows, A* max, A* sum) {
+    load_scores(h, i, rows);
+    const ScoreMod<A> mod(p_, b_, h_);
+    for (int r = 0; r < rows; ++r) {
+      const A* s = make_logits(mod, r);
+      for (int c = 0; c < n_; ++c) {
+        if (s[c] == -std::numeric_limits<A>::infinity()) continue;
+        if (s[c] > max[r]) {
+          sum[r] *= std::exp(max[r] - s[c]);
+          max[r] = s[c];
+        }
+        sum[r] += std::exp(s[c] - max[r]);
+      }
+    }
   }
 
   // dv (n, dv_cols) += drop(p)^T . do
@@ -143,6 +167,30 @@ class BackwardTile {
       tile_matmul<Into::kAdd>(left, right, c, cols, rows, cols / kWide, elems);
   }
 
+  // scores_ = q . k^T
+  Source<T> load_scores(int64_t h, int64_t i, int rows) {
+    h_ = h;
+    i_ = i;
+    rows_ = rows;
+    const Source<T> q{p_.q.at<const T>(b_, h, i), p_.q.stride[2], p_.q.stride[3]};
+    const int panels = int(round_up(n_, kWide) / kWide);
+    pack_rows<Compute>(q_rows_, d_elems_, q, rows, d_);
+    tile_matmul<Into::kStore, Compute>({q_rows_, d_elems_, 1},
+                                       {k_transposed_, ptrdiff_t(d_elems_) * kWide}, scores_, kKeys,
+                                       rows, panels, d_elems_);
+    return q;
+  }
+
+  // Row r of scores_ -> logits, and their derivatives to slope_.
+  A* make_logits(const ScoreMod<A>& mod, int r) {
+    A* s = scores_ + ptrdiff_t(r) * kKeys;
+    const int width = int(round_up(n_, Vec<A>::kWidth));
+    if (modified_) mod.template apply<true>(s, bias_, slope_, i_ + r, j_, width);
+    const KeyRange sees = p_.mask.keys_of(i_ + r, p_.shape.k_len);
+    mask_row(s, sees.begin - j_, std::min<int64_t>(sees.end - j_, n_), width);
+    return s;
+  }
+
   // scores_ -> drop(p), dprobs_ -> ds, and their narrow copies.
   void differentiate() {
     constexpr int w = Vec<A>::kWidth;
@@ -150,14 +198,12 @@ class BackwardTile {
     const int width = int(round_up(n_, w));
     const size_t at = size_t((b_ * p_.shape.q_heads + h_) * p_.shape.q_len + i_);
     for (int r = 0; r < rows_; ++r) {
-      A* s = scores_ + ptrdiff_t(r) * kKeys;
+      A* s = make_logits(mod, r);
       A* dp = dprobs_ + ptrdiff_t(r) * kKeys;
-      if (modified_) mod.template apply<true>(s, bias_, slope_, i_ + r, j_, width);
-      const KeyRange sees = p_.mask.keys_of(i_ + r, p_.shape.k_len);
-      mask_row(s, sees.begin - j_, std::min<int64_t>(sees.end - j_, n_), width);
       const A lse = static_cast<const A*>(p_.lse)[at + r];
       const A delta = static_cast<const A*>(g_.delta)[at + r];
-      row(s, dp, width, lse, delta, r);
+      const A dlse = g_.dlse ? static_cast<const A*>(g_.dlse)[at + r] : A(0);
+      row(s, dp, width, again_ ? again_[at + r] : RowScale<A>{lse, 0}, delta, dlse, r);
       if (kDepth == 2 || p_.dropout.p > 0) {
         // Keys beyond the last must not reach the products as NaN.
         for (int c = n_; c < width; ++c) s[c] = dp[c] = 0;
@@ -168,33 +214,47 @@ class BackwardTile {
     if constexpr (kDepth == 2) narrow(width);
   }
 
-  void row(A* s, A* dp, int width, A lse, A delta, int r) {
-    using V = Vec<A>;
-    constexpr int w = V::kWidth;
+  void row(A* s, A* dp, int width, RowScale<A> to_p, A delta, A dlse, int r) {
     constexpr A infinity = std::numeric_limits<A>::infinity();
-    // A row that sees no key has lse -inf, and p = 0.
-    const A reference = lse == -infinity ? infinity : lse;
+    if (to_p.reference == -infinity) to_p.reference = infinity;  // sees no key: p = 0
     const bool drops = p_.dropout.p > 0;
     if (drops && wanted_.ds()) {  // dp = drop(do . v)
       std::fill_n(keep_, width, A(1));
       drop_row(keep_, words_, p_.dropout, b_, h_, i_ + r, j_, n_);
+      for (int c = 0; c < n_; ++c) dp[c] *= keep_[c];
     }
-    A* dbias = wanted_.dbias ? g_.dbias.at<A>(b_, h_, i_ + r) + j_ : nullptr;
-    const V vdelta = set1(delta), scale = set1(A(p_.scale));
-    const V log2e = set1(A(kLog2E)), minus = set1(-reference);
-    const V factor = modified_ ? set1(A(1)) : scale;
+    // One that saw a NaN has lse NaN, and still p = 0 where it sees nothing.
+    const bool spoilt = to_p.reference != to_p.reference;
+    if (modified_ || spoilt || wanted_.dbias || wanted_.dlogit || !wanted_.ds())
+      row_loop<true>(s, dp, width, to_p, delta, dlse, r);
+    else
+      row_loop<false>(s, dp, width, to_p, delta, dlse, r);
+  }
+
+  template <bool kGeneral>
+  FASTATTN_INLINE void row_loop(A* s, A* dp, int width, RowScale<A> to_p, A delta, A dlse, int r) {
+    using V = Vec<A>;
+    constexpr int w = V::kWidth;
+    A* dbias = kGeneral && wanted_.dbias ? g_.dbias.at<A>(b_, h_, i_ + r) + j_ : nullptr;
+    const V vdelta = set1(delta), vdlse = set1(dlse), scale = set1(A(p_.scale));
+    const V reference = set1(to_p.reference), offset = set1(to_p.offset);
+    const V hidden = set1(-std::numeric_limits<A>::infinity());
+    const V factor = kGeneral && modified_ ? set1(A(1)) : scale;
     for (int c = 0; c < width; c += w) {
-      // The difference is taken before it is scaled to log2: rounding lse * log2(e) would show.
-      const V p = exp2(fma(load(s + c), factor, minus) * log2e);
+      // The logit is rounded as it was for lse.
+      const V logit = load(s + c) * factor;
+      V p = exp_below((logit - reference) + offset);
+      if (kGeneral) p = select(equal(logit, hidden), zero<A>(), p);
       store(s + c, p);
-      if (!wanted_.ds()) continue;
-      V g = load(dp + c);
-      if (drops) g = g * load(keep_ + c);
+      if (kGeneral && !wanted_.ds()) continue;
+      V g = p * ((load(dp + c) - vdelta) + vdlse);
+      if (dbias) store_n(dbias + c, select(equal(p, zero<A>()), zero<A>(), g), std::min(w, n_ - c));
+      if (!kGeneral)
+        g = g * scale;
+      else if (!wanted_.dlogit)
+        g = g * (modified_ ? load(slope_ + c) : scale);
       // Where p is 0, so is the gradient, whatever do . v is.
-      g = select(equal(p, zero<A>()), zero<A>(), p * (g - vdelta));
-      if (dbias) store_n(dbias + c, g, std::min(w, n_ - c));
-      if (!wanted_.dlogit) g = g * (modified_ ? load(slope_ + c) : scale);
-      store(dp + c, g);
+      store(dp + c, select(equal(p, zero<A>()), zero<A>(), g));
     }
   }
 
@@ -224,6 +284,7 @@ class BackwardTile {
   const AttentionParams& p_;
   const AttentionGrads& g_;
   const Wanted wanted_;
+  const RowScale<A>* again_;
   const bool modified_;
   const int d_, dv_, d_elems_, dv_elems_, d_cols_, dv_cols_;
   Elem *k_transposed_, *v_transposed_, *k_panels_, *q_rows_, *q_panels_, *do_rows_, *do_panels_;
@@ -237,25 +298,29 @@ class BackwardTile {
   bool keys_finite_ = true, spoils_ = false;
 };
 
-// delta_i = do_i . o_i - dlse_i
+// delta_i = do_i . o_i, one product after the other as tile_matmul sums do_i . v_j: for a query that
+// sees one key the two then cancel to the last bit. Rows side by side keep the processor busy.
 template <typename T>
 void compute_delta(const AttentionParams& p, const AttentionGrads& g, int threads) {
   using A = Acc<T>;
+  constexpr int kAtOnce = 8;
   const AttentionShape& s = p.shape;
-  constexpr int w = Vec<A>::kWidth;
-  parallel_static(s.batch * s.q_heads * s.q_len, threads, [&](int64_t begin, int64_t end, int) {
-    for (int64_t r = begin; r < end; ++r) {
-      const int64_t b = r / s.q_len / s.q_heads, h = r / s.q_len % s.q_heads, i = r % s.q_len;
-      const T* o = p.out.at<const T>(b, h, i);
-      const T* d = g.dout.at<const T>(b, h, i);
-      Vec<A> lanes = zero<A>();
-      A rest = 0;
-      int64_t c = 0;
-      if (p.out.stride[3] == 1 && g.dout.stride[3] == 1)
-        for (; c + w <= s.v_dim; c += w) lanes = fma(load(o + c), load(d + c), lanes);
-      for (; c < s.v_dim; ++c) rest += to_acc(o[c * p.out.stride[3]]) * to_acc(d[c * g.dout.stride[3]]);
-      const A dlse = g.dlse ? static_cast<const A*>(g.dlse)[r] : A(0);
-      static_cast<A*>(g.delta)[r] = hsum(lanes) + rest - dlse;
+  const int64_t rows = s.batch * s.q_heads * s.q_len;
+  parallel_static(rows, threads, [&](int64_t begin, int64_t end, int) {
+    for (int64_t first = begin; first < end; first += kAtOnce) {
+      const T *o[kAtOnce], *d[kAtOnce];
+      for (int k = 0; k < kAtOnce; ++k) {
+        const int64_t r = std::min(first + k, end - 1);
+        const int64_t b = r / s.q_len / s.q_heads, h = r / s.q_len % s.q_heads, i = r % s.q_len;
+        o[k] = p.out.at<const T>(b, h, i);
+        d[k] = g.dout.at<const T>(b, h, i);
+      }
+      A sum[kAtOnce] = {};
+      for (int64_t c = 0; c < s.v_dim; ++c)
+        unroll<kAtOnce>([&](auto k) {
+          sum[k] = fma(to_acc(o[k][c * p.out.stride[3]]), to_acc(d[k][c * g.dout.stride[3]]), sum[k]);
+        });
+      std::copy_n(sum, std::min<int64_t>(kAtOnce, end - first), static_cast<A*>(g.delta) + first);
     }
   });
 }
@@ -297,6 +362,7 @@ class Backward {
   void run() {
     compute_delta<T>(p_, g_, plan_.threads);
     if (p_.shape.k_len == 0) return;
+    make_large_rows_again();
     if (wanted_.ds() || wanted_.dv) sweep();
     if (g_.dbias && !bias_in_sweep_) sum_bias();
   }
@@ -307,6 +373,41 @@ class Backward {
     const AttentionShape& s = p.shape;
     return (g.dbias.stride[0] || s.batch == 1) && (g.dbias.stride[1] || s.q_heads == 1) &&
            (g.dbias.stride[2] || s.q_len == 1) && g.dbias.stride[3] == 1;
+  }
+
+  const RowScale<A>* again() const { return again_.empty() ? nullptr : again_.data(); }
+
+  // Where a rounding of lse would change a probability by more than about 1e-4.
+  static bool large(A lse) {
+    return std::isfinite(lse) && std::abs(lse) * std::numeric_limits<A>::epsilon() > A(1e-4);
+  }
+
+  void make_large_rows_again() {
+    const AttentionShape& s = p_.shape;
+    const A* lse = static_cast<const A*>(p_.lse);
+    const int64_t rows = s.batch * s.q_heads * s.q_len;
+    if (std::none_of(lse, lse + rows, large)) return;
+    again_.resize(rows);
+    for (int64_t r = 0; r < rows; ++r) again_[r] = {lse[r], 0};
+    const int64_t blocks = (s.q_len + kQueryBlock - 1) / kQueryBlock;
+    parallel_dynamic(s.batch * s.q_heads * blocks, plan_.threads, [&](int64_t n, int) {
+      const int64_t head = n / blocks, b = head / s.q_heads, h = head % s.q_heads;
+      const int64_t i = n % blocks * kQueryBlock, first = head * s.q_len + i;
+      const int count = int(std::min<int64_t>(kQueryBlock, s.q_len - i));
+      if (std::none_of(lse + first, lse + first + count, large)) return;
+      BackwardTile<T> tile(p_, g_, {}, again(), scratch_of_this_thread());
+      A max[kQueryBlock], sum[kQueryBlock];
+      std::fill_n(max, count, p_.sinks ? static_cast<const A*>(p_.sinks)[h]
+                                       : -std::numeric_limits<A>::infinity());
+      std::fill_n(sum, count, A(p_.sinks ? 1 : 0));
+      const KeyRange seen = p_.mask.any_keys(i, i + count, s.k_len);
+      for (int64_t j = seen.begin / kKeyBlock<A> * kKeyBlock<A>; j < seen.end; j += kKeyBlock<A>) {
+        tile.load_keys(b, h / s.group(), j, int(std::min<int64_t>(kKeyBlock<A>, seen.end - j)));
+        tile.sum_rows(h, i, count, max, sum);
+      }
+      for (int r = 0; r < count; ++r)
+        if (large(lse[first + r])) again_[first + r] = {max[r], -std::log(sum[r])};
+    });
   }
 
   void sweep() {
@@ -326,7 +427,7 @@ class Backward {
       const bool several = unit.heads.end - unit.heads.begin > 1;
       if ((dkv_parts || several) && !my_dkv)
         my_dkv.reset(new A[plan_.max_keys * (d_cols_ + dv_cols_)]);
-      BackwardTile<T> tile(p_, g_, wanted_, scratch_of_this_thread());
+      BackwardTile<T> tile(p_, g_, wanted_, again(), scratch_of_this_thread());
       for (int64_t h = unit.heads.begin; h < unit.heads.end; ++h) {
         if (wanted_.dq) std::fill_n(my_dq.get(), dq_size, A(0));
         head(tile, unit, h, my_dq.get(), my_dkv.get());
@@ -427,7 +528,7 @@ class Backward {
     const int64_t k_blocks = by_key ? (s.k_len + keys - 1) / keys : 1;
     parallel_dynamic(b_count * h_count * q_blocks * k_blocks, plan_.threads, [&](int64_t u, int) {
       Scratch& scratch = scratch_of_this_thread();
-      BackwardTile<T> tile(p_, g_, {false, false, false, false, true}, scratch);
+      BackwardTile<T> tile(p_, g_, {false, false, false, false, true}, again(), scratch);
       // The sum may have millions of terms.
       double* total = scratch.take<double>(size_t(kQueryBlock) * keys);
       std::fill_n(total, size_t(kQueryBlock) * keys, 0.0);
@@ -448,7 +549,11 @@ class Backward {
               tile.load_queries(h, i, rows);
               for (int r = 0; r < rows; ++r) {
                 double* row = total + (by_query ? (i + r - i0) * keys : 0);
-                for (int c = 0; c < n; ++c) row[by_key ? c : 0] += tile.dlogit(r)[c];
+                if (by_key) {
+                  for (int c = 0; c < n; ++c) row[c] += tile.dlogit(r)[c];
+                } else {
+                  row[0] += std::accumulate(tile.dlogit(r), tile.dlogit(r) + n, 0.0);
+                }
               }
             }
           }
@@ -465,6 +570,7 @@ class Backward {
   const bool bias_in_sweep_;
   const Wanted wanted_;
   const int64_t d_cols_, dv_cols_;
+  std::vector<RowScale<A>> again_;  // of all rows; empty: all as usual
 };
 
 }  // namespace

@@ -51,9 +51,12 @@ struct ScoreMod {
     const V scale = set1(A(p.scale)), one = set1(A(1));
     const bool capped = p.softcap != 0;
     const V cap = set1(A(p.softcap)), inv_cap = set1(capped ? A(1 / p.softcap) : A(0));
+    // A bias of -inf hides also what is NaN or infinite.
+    const V hidden = set1(-std::numeric_limits<A>::infinity());
+    const auto hide = [&](V t, V x) { return select(equal(x, hidden), hidden, t + x); };
     const A* bias = p.bias ? bias_row(scratch, i, j, n) : nullptr;
     if (bias && !capped && !p.alibi_slopes) {  // by far the commonest
-      for (int c = 0; c < n; c += w) store(row + c, fma(load(row + c), scale, load(bias + c)));
+      for (int c = 0; c < n; c += w) store(row + c, hide(load(row + c) * scale, load(bias + c)));
       if constexpr (kWithSlope) std::fill_n(slope_out, n, A(p.scale));
       return;
     }
@@ -71,7 +74,7 @@ struct ScoreMod {
         t = fma(minus_slope, vabs(distance), t);
         distance = distance + set1(A(w));
       }
-      if (bias) t = t + load(bias + c);
+      if (bias) t = hide(t, load(bias + c));
       store(row + c, t);
       if constexpr (kWithSlope) store(slope_out + c, derivative);
     }

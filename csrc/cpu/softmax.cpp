@@ -107,12 +107,16 @@ struct RowSum {
   // A block with its own maximum and its sum of exp(s - safe_base(maximum)).
   void join(A block_maximum, A block_sum) {
     const A m = block_maximum > maximum ? block_maximum : maximum;
-    const double base = safe_base(m);
-    total *= std::exp(double(safe_base(maximum)) - base);
-    total += block_sum * std::exp(double(safe_base(block_maximum)) - base);
+    total = rebased(total, maximum, m) + rebased(block_sum, block_maximum, m);
     maximum = m;
   }
   bool empty() const { return maximum == -kInfinity<A> && total == 0; }
+
+ private:
+  // 0 stays 0, though the factor overflows: below -709 a base is no longer near that of nothing.
+  static double rebased(double sum, A from, A to) {
+    return sum == 0 ? 0 : sum * std::exp(double(safe_base(from)) - double(safe_base(to)));
+  }
 };
 
 template <typename In, typename Out, MaskKind kMask>

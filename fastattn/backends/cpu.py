@@ -125,7 +125,8 @@ class CpuBackend(RowKernels, Backend):
             # One number gathers from every row: in float64, as the sum of many like the parts.
             share = torch.exp(sinks.double()[:, None] - lse.double())
             share = share.masked_fill(lse == -math.inf, 0.0)
-            dsinks = -(share * delta).sum((0, 2)).to(sinks.dtype)
+            dlogit = share * (delta if dlse is None else delta - dlse)
+            dsinks = -dlogit.sum((0, 2)).to(sinks.dtype)
         if bias is not None and dbias is not None:
             dbias = dbias.to(bias.dtype)
         return dq, dk, dv, dbias, dsinks

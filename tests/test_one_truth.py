@@ -1,0 +1,139 @@
+"""Which keys a query sees and which elements are dropped: the same in every backend, to the bit.
+
+Values that are an identity matrix make attention's output the matrix of probabilities, and an
+output gradient that is one makes it the gradient of the values: what is 0 there was hidden or
+dropped.
+"""
+
+import itertools
+
+import pytest
+import torch
+
+import fastattn
+from fastattn import reference
+from fastattn.cases import DTYPES
+from fastattn.spec import Mask
+
+
+def probabilities(q_len, k_len, mask, backend, seed=None, dropout_p=0.0, batch=1, heads=1, kv_heads=1):
+    """(P, P again): as the forward has it and as the backward makes it, uniform where visible."""
+    q = torch.zeros(batch, heads, q_len, 1)
+    k = torch.zeros(batch, kv_heads, k_len, 1)
+    v = torch.eye(k_len).expand(batch, kv_heads, k_len, k_len)
+
+    def run(*args):
+        scalars = (1.0, 0.0, *mask, dropout_p, backend)
+        return torch.ops.fastattn.attention_forward(*args, None, None, None, seed, *scalars)
+
+    forward = run(q, k, v)[0]
+    # Of each query head by itself: a KV head's gradient is the sum over its group.
+    v = torch.zeros(batch, kv_heads, k_len, q_len, requires_grad=True)
+    backward = []
+    for head in range(heads):
+        dout = torch.zeros(batch, heads, q_len, q_len)
+        dout[:, head] = torch.eye(q_len)
+        (dv,) = torch.autograd.grad(run(q, k, v)[0], v, dout)
+        backward.append(dv[:, head * kv_heads // heads].mT)
+    return forward, torch.stack(backward, 1)
+
+
+LIMITS = (-1, 0, 1, 3)
+SHIFTS = (-11, -4, -1, 0, 2, 6)
+
+
+@pytest.mark.parametrize("q_len", [1, 2, 5, 9, 13])  # up to eight queries are decoded
+@pytest.mark.parametrize("k_len", [1, 4, 7, 17])
+def test_every_small_mask(q_len, k_len, backend):
+    for mask in itertools.starmap(Mask, itertools.product(LIMITS, LIMITS, SHIFTS)):
+        visible = mask.dense_mask(q_len, k_len)
+        for seen in probabilities(q_len, k_len, mask, backend):
+            assert torch.equal(seen[0, 0] != 0, visible), mask
+
+
+# Where the tiles of the kernels end: 24 and 192 queries, 96 and 128 keys.
+BLOCKS = [(-1, 0, 77), (-1, 0, -23), (40, 0, 77), (95, 33, 0), (-1, 128, 5), (7, 7, 60), (127, -1, 77)]
+
+
+@pytest.mark.parametrize(("q_len", "k_len"), [(49, 300), (200, 129), (25, 97), (6, 400)])
+@pytest.mark.parametrize("mask", BLOCKS, ids=str)
+def test_masks_across_blocks(mask, q_len, k_len, backend):
+    visible = Mask(*mask).dense_mask(q_len, k_len)
+    for seen in probabilities(q_len, k_len, mask, backend):
+        assert torch.equal(seen[0, 0] != 0, visible)
+
+
+NO_LIMIT = (-1, -1, 0)
+
+
+@pytest.mark.parametrize("p", [1e-9, 0.1, 0.5, 0.9, 1 - 1e-9])
+@pytest.mark.parametrize(("q_len", "k_len"), [(1, 4), (1, 37), (3, 130), (40, 7), (130, 261)])
+@pytest.mark.parametrize("seed", [0, 1, 2**32, 2**63 - 2, 123456789123456789])
+def test_attention_drops_the_same_elements(seed, q_len, k_len, p, backend):
+    seed = torch.tensor(seed)
+    keep = reference.attention_dropout_keep(seed, p, 2, 4, q_len, k_len)
+    shape = {"batch": 2, "heads": 4, "kv_heads": 2}
+    for seen in probabilities(q_len, k_len, NO_LIMIT, backend, seed, p, **shape):
+        assert torch.equal(seen != 0, keep)
+        torch.testing.assert_close(seen, keep / (k_len * (1 - p)))
+
+
+@pytest.mark.parametrize("left", [1, 2, 3, 50])
+@pytest.mark.parametrize("q_len", [5, 150])
+def test_dropout_where_a_window_starts_between_counters(q_len, left, backend):
+    """A counter gives four elements: keys need not begin at a multiple of four."""
+    mask, seed, k_len = Mask(left, 2, 3), torch.tensor(7), q_len + 10
+    keep = reference.attention_dropout_keep(seed, 0.5, 1, 1, q_len, k_len)[0, 0]
+    for seen in probabilities(q_len, k_len, mask, backend, seed, 0.5):
+        assert torch.equal(seen[0, 0] != 0, keep & mask.dense_mask(q_len, k_len))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_dtype_drops_the_same_elements(dtype, backend):
+    q = torch.zeros(1, 2, 30, 4, dtype=dtype)
+    v = torch.eye(50, dtype=dtype).expand(1, 2, 50, 50)
+    torch.manual_seed(5)
+    out = fastattn.attention(q, q.new_zeros(1, 2, 50, 4), v, dropout_p=0.3, backend=backend)
+    torch.manual_seed(5)
+    seed = torch.randint(2**63 - 1, ())
+    keep = reference.attention_dropout_keep(seed, 0.3, 1, 2, 30, 50)
+    assert torch.equal(out != 0, keep)
+
+
+@pytest.mark.parametrize("rms", [False, True])
+@pytest.mark.parametrize("p", [1e-9, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (2, 9, 64), (70, 33), (4, 5000)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_residual_dropout(dtype, shape, p, rms, backend):
+    x = torch.ones(shape, dtype=dtype, requires_grad=True)
+    add = fastattn.add_rms_norm if rms else fastattn.add_layer_norm
+    torch.manual_seed(11)
+    _, new_residual = add(x, torch.zeros_like(x), shape[-1:], dropout_p=p, backend=backend)
+    torch.manual_seed(11)
+    seed = torch.randint(2**63 - 1, ())
+    keep = reference.row_dropout_keep(seed, p, x.numel() // shape[-1], shape[-1]).view(shape)
+    kept = torch.where(keep, 1 / (1 - p), 0.0).to(dtype)
+    torch.testing.assert_close(new_residual, kept)
+    assert torch.equal(new_residual != 0, keep)
+    (dx,) = torch.autograd.grad(new_residual, x, torch.ones_like(x))
+    torch.testing.assert_close(dx, kept)
+    assert torch.equal(dx != 0, keep)
+
+
+def test_backends_pair(backend):
+    """Any forward with any backward: seed, out and lse mean the same to each."""
+    from fastattn.backends import BACKENDS
+    from fastattn.backends.base import AttentionCall
+
+    torch.manual_seed(0)
+    q, k, v, dout = (torch.randn(1, 2, 60, 16, dtype=torch.float64) for _ in range(4))
+    call = AttentionCall(
+        q, k, v, None, None, torch.randn(2, dtype=torch.float64), torch.tensor(3), 0.3, 2.0, 40, 0, 0, 0.2
+    )  # fmt: skip
+    out, lse = BACKENDS[backend].attention_forward(call)
+    needs = (True, True, True, False, True)
+    for other in fastattn.backends().available:
+        grads = BACKENDS[other].attention_backward(call, dout, None, out, lse, needs)
+        expected = reference.attention_backward(call, dout, None)
+        for i in (0, 1, 2, 4):
+            torch.testing.assert_close(grads[i], expected[i])
