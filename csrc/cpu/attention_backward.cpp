@@ -69,7 +69,7 @@ class BackwardTile {
         slope_(s.take<A>(kKeys)),
         bias_(s.take<A>(kKeys)),
         keep_(s.take<A>(kKeys)),
-        words_(s.take<uint32_t>(kKeys + 8)) {}
+        words_(s.take<uint32_t>(words_for(kKeys))) {}
 
   int d_cols() const { return d_cols_; }
   int dv_cols() const { return dv_cols_; }

@@ -20,12 +20,6 @@ FASTATTN_INLINE void unroll(F&& f) {
   unroll_indices(f, std::make_integer_sequence<int, kCount>{});
 }
 
-FASTATTN_INLINE void prefetch_bytes(const void* p, int64_t bytes) {
-#if defined(__GNUC__)
-  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(p) + at);
-#endif
-}
-
 template <typename T>
 class DecodeTile {
   using A = Acc<T>;

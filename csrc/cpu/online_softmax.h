@@ -41,7 +41,7 @@ class OnlineSoftmax {
         reference_(scratch.take<A>(block_rows + w)),
         lanes_(scratch.take<A>((block_rows + w) * w)),
         bias_(scratch.take<A>(max_keys + w)),
-        words_(scratch.take<uint32_t>(max_keys + 8)),
+        words_(scratch.take<uint32_t>(words_for(max_keys))),
         visible_(scratch.take<bool>(block_rows * max_keys)) {}
 
   void start(int rows) {
