@@ -26,12 +26,17 @@ constexpr int kQueryBlock = 8 * kTileRows;
 template <typename A>
 constexpr int kKeyBlock = kTileRows == 6 && kPanel<A> == 16 ? 96 : 2 * kPanel<A>;
 
-// What turns a logit into its probability: exp(logit - reference) * exp(offset). Usually the
-// reference is lse and the offset 0; for a row made again, its maximum and -log of its sum.
+// What turns a logit into its probability: exp(logit - reference) * factor. Usually the
+// reference is lse and the factor 1; for a row made again, its maximum and 1 / its sum.
 template <typename A>
 struct RowScale {
-  A reference, offset;
+  A reference, factor;
 };
+
+// Few queries can afford shorter sums, as exact as the forward's, which sums by lanes (decode).
+inline int sum_run(const AttentionParams& p) {
+  return p.shape.q_len <= ForwardPlan::kDecodeQueries ? 16 : kSumRun;
+}
 
 struct Wanted {
   bool dq, dk, dv;
@@ -111,9 +116,9 @@ class BackwardTile {
     const int panels = int(round_up(n_, kWide) / kWide);
     if (wanted_.ds()) {
       pack_rows<Compute>(do_rows_, dv_elems_, dout, rows, dv_);
-      tile_matmul<Into::kStore, Compute>({do_rows_, dv_elems_, 1},
+      tile_product<Compute>({do_rows_, dv_elems_, 1},
                                          {v_transposed_, ptrdiff_t(dv_elems_) * kWide}, dprobs_,
-                                         kKeys, rows, panels, dv_elems_);
+                                         kKeys, rows, panels, dv_elems_, sum_run(p_));
     }
     if (wanted_.dk) pack_panels<Compute>(q_panels_, kByRow, q, rows, d_);
     if (wanted_.dv) pack_panels<Compute>(do_panels_, kByRow, dout, rows, dv_);
@@ -121,7 +126,7 @@ class BackwardTile {
   }
 
   // Takes the keys at hand into the maximum and the sum of exp(logit - maximum) of each query.
-  void sum_rows(int64_t h, int64_t i, int rows, A* max, A* sum) {
+  void sum_rows(int64_t h, int64_t i, int rows, A* max, double* sum) {
     load_scores(h, i, rows);
     const ScoreMod<A> mod(p_, b_, h_);
     for (int r = 0; r < rows; ++r) {
@@ -129,10 +134,10 @@ class BackwardTile {
       for (int c = 0; c < n_; ++c) {
         if (s[c] == -std::numeric_limits<A>::infinity()) continue;
         if (s[c] > max[r]) {
-          sum[r] *= std::exp(max[r] - s[c]);
+          sum[r] *= std::exp(double(max[r]) - s[c]);
           max[r] = s[c];
         }
-        sum[r] += std::exp(s[c] - max[r]);
+        sum[r] += std::exp(double(s[c]) - max[r]);
       }
     }
   }
@@ -175,9 +180,9 @@ class BackwardTile {
     const Source<T> q{p_.q.at<const T>(b_, h, i), p_.q.stride[2], p_.q.stride[3]};
     const int panels = int(round_up(n_, kWide) / kWide);
     pack_rows<Compute>(q_rows_, d_elems_, q, rows, d_);
-    tile_matmul<Into::kStore, Compute>({q_rows_, d_elems_, 1},
+    tile_product<Compute>({q_rows_, d_elems_, 1},
                                        {k_transposed_, ptrdiff_t(d_elems_) * kWide}, scores_, kKeys,
-                                       rows, panels, d_elems_);
+                                       rows, panels, d_elems_, sum_run(p_));
     return q;
   }
 
@@ -203,7 +208,7 @@ class BackwardTile {
       const A lse = static_cast<const A*>(p_.lse)[at + r];
       const A delta = static_cast<const A*>(g_.delta)[at + r];
       const A dlse = g_.dlse ? static_cast<const A*>(g_.dlse)[at + r] : A(0);
-      row(s, dp, width, again_ ? again_[at + r] : RowScale<A>{lse, 0}, delta, dlse, r);
+      row(s, dp, width, again_ ? again_[at + r] : RowScale<A>{lse, 1}, delta, dlse, r);
       if (kDepth == 2 || p_.dropout.p > 0) {
         // Keys beyond the last must not reach the products as NaN.
         for (int c = n_; c < width; ++c) s[c] = dp[c] = 0;
@@ -237,13 +242,13 @@ class BackwardTile {
     constexpr int w = V::kWidth;
     A* dbias = kGeneral && wanted_.dbias ? g_.dbias.at<A>(b_, h_, i_ + r) + j_ : nullptr;
     const V vdelta = set1(delta), vdlse = set1(dlse), scale = set1(A(p_.scale));
-    const V reference = set1(to_p.reference), offset = set1(to_p.offset);
+    const V reference = set1(to_p.reference), share = set1(to_p.factor);
     const V hidden = set1(-std::numeric_limits<A>::infinity());
     const V factor = kGeneral && modified_ ? set1(A(1)) : scale;
     for (int c = 0; c < width; c += w) {
       // The logit is rounded as it was for lse.
       const V logit = load(s + c) * factor;
-      V p = exp_below((logit - reference) + offset);
+      V p = exp_below(logit - reference) * share;
       if (kGeneral) p = select(equal(logit, hidden), zero<A>(), p);
       store(s + c, p);
       if (kGeneral && !wanted_.ds()) continue;
@@ -315,12 +320,16 @@ void compute_delta(const AttentionParams& p, const AttentionGrads& g, int thread
         o[k] = p.out.at<const T>(b, h, i);
         d[k] = g.dout.at<const T>(b, h, i);
       }
-      A sum[kAtOnce] = {};
-      for (int64_t c = 0; c < s.v_dim; ++c)
-        unroll<kAtOnce>([&](auto k) {
-          sum[k] = fma(to_acc(o[k][c * p.out.stride[3]]), to_acc(d[k][c * g.dout.stride[3]]), sum[k]);
-        });
-      std::copy_n(sum, std::min<int64_t>(kAtOnce, end - first), static_cast<A*>(g.delta) + first);
+      A total[kAtOnce] = {};
+      for (int64_t run = 0; run < s.v_dim; run += sum_run(p)) {
+        A sum[kAtOnce] = {};
+        for (int64_t c = run; c < std::min<int64_t>(run + sum_run(p), s.v_dim); ++c)
+          unroll<kAtOnce>([&](auto k) {
+            sum[k] = fma(to_acc(o[k][c * p.out.stride[3]]), to_acc(d[k][c * g.dout.stride[3]]), sum[k]);
+          });
+        unroll<kAtOnce>([&](auto k) { total[k] = total[k] + sum[k]; });
+      }
+      std::copy_n(total, std::min<int64_t>(kAtOnce, end - first), static_cast<A*>(g.delta) + first);
     }
   });
 }
@@ -362,7 +371,7 @@ class Backward {
   void run() {
     compute_delta<T>(p_, g_, plan_.threads);
     if (p_.shape.k_len == 0) return;
-    make_large_rows_again();
+    make_inexact_rows_again();
     if (wanted_.ds() || wanted_.dv) sweep();
     if (g_.dbias && !bias_in_sweep_) sum_bias();
   }
@@ -377,36 +386,40 @@ class Backward {
 
   const RowScale<A>* again() const { return again_.empty() ? nullptr : again_.data(); }
 
-  // Where a rounding of lse would change a probability by more than about 1e-4.
-  static bool large(A lse) {
-    return std::isfinite(lse) && std::abs(lse) * std::numeric_limits<A>::epsilon() > A(1e-4);
+  // Where a rounding of lse would change a probability by more than about 1e-4; and where queries
+  // are few: the forward then summed q . k in another order, and making them again costs little.
+  bool inexact(A lse) const {
+    return std::isfinite(lse) && (p_.shape.q_len <= ForwardPlan::kDecodeQueries ||
+                                  std::abs(lse) * std::numeric_limits<A>::epsilon() > A(1e-4));
   }
 
-  void make_large_rows_again() {
+  void make_inexact_rows_again() {
     const AttentionShape& s = p_.shape;
     const A* lse = static_cast<const A*>(p_.lse);
     const int64_t rows = s.batch * s.q_heads * s.q_len;
-    if (std::none_of(lse, lse + rows, large)) return;
+    const auto is_inexact = [&](A x) { return inexact(x); };
+    if (std::none_of(lse, lse + rows, is_inexact)) return;
     again_.resize(rows);
-    for (int64_t r = 0; r < rows; ++r) again_[r] = {lse[r], 0};
+    for (int64_t r = 0; r < rows; ++r) again_[r] = {lse[r], 1};
     const int64_t blocks = (s.q_len + kQueryBlock - 1) / kQueryBlock;
     parallel_dynamic(s.batch * s.q_heads * blocks, plan_.threads, [&](int64_t n, int) {
       const int64_t head = n / blocks, b = head / s.q_heads, h = head % s.q_heads;
       const int64_t i = n % blocks * kQueryBlock, first = head * s.q_len + i;
       const int count = int(std::min<int64_t>(kQueryBlock, s.q_len - i));
-      if (std::none_of(lse + first, lse + first + count, large)) return;
+      if (std::none_of(lse + first, lse + first + count, is_inexact)) return;
       BackwardTile<T> tile(p_, g_, {}, again(), scratch_of_this_thread());
-      A max[kQueryBlock], sum[kQueryBlock];
+      A max[kQueryBlock];
+      double sum[kQueryBlock];
       std::fill_n(max, count, p_.sinks ? static_cast<const A*>(p_.sinks)[h]
                                        : -std::numeric_limits<A>::infinity());
-      std::fill_n(sum, count, A(p_.sinks ? 1 : 0));
+      std::fill_n(sum, count, p_.sinks ? 1.0 : 0.0);
       const KeyRange seen = p_.mask.any_keys(i, i + count, s.k_len);
       for (int64_t j = seen.begin / kKeyBlock<A> * kKeyBlock<A>; j < seen.end; j += kKeyBlock<A>) {
         tile.load_keys(b, h / s.group(), j, int(std::min<int64_t>(kKeyBlock<A>, seen.end - j)));
         tile.sum_rows(h, i, count, max, sum);
       }
       for (int r = 0; r < count; ++r)
-        if (large(lse[first + r])) again_[first + r] = {max[r], -std::log(sum[r])};
+        if (inexact(lse[first + r])) again_[first + r] = {max[r], A(1 / sum[r])};
     });
   }
 

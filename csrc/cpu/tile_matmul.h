@@ -165,6 +165,21 @@ FASTATTN_NOINLINE void tile_matmul(Left<Compute> a, Panels<Compute> b, typename 
   }
 }
 
+// Elements along K that are summed in one go; a longer product is summed by parts, which rounds less.
+constexpr int kSumRun = 128;
+
+// C = A . B for any K, summed by parts of `run` elements.
+template <class Compute>
+inline void tile_product(Left<Compute> a, Panels<Compute> b, typename Compute::Acc* c,
+                         ptrdiff_t c_row, int rows, int panels, int k_elems, int run = kSumRun) {
+  tile_matmul<Into::kStore>(a, b, c, c_row, rows, panels, std::min(k_elems, run));
+  for (int k = run; k < k_elems; k += run) {
+    a.data += run * a.depth;
+    b.data += run * kPanel<typename Compute::Acc>;
+    tile_matmul<Into::kAdd>(a, b, c, c_row, rows, panels, std::min(k_elems - k, run));
+  }
+}
+
 // As tile_matmul, for tiles that hold NaN or infinity beside masked elements: a zero in A adds
 // nothing, where 0 * NaN would spoil rows that do not see the element. Slow, and seldom called.
 template <class Compute>
