@@ -65,7 +65,9 @@ def test_pairs_of_variants(pair, form, backend):
 
 
 # Around the sizes of the kernels' blocks, where a loop's last step is short or missing.
-@pytest.mark.parametrize("head_dim", [1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 63, 65, 127, 129, 255, 257])
+@pytest.mark.parametrize(
+    "head_dim", [1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 63, 65, 127, 129, 255, 257]
+)
 def test_head_dims(head_dim, backend):
     case = AttentionCase("head_dim", q_len=21, k_len=34, head_dim=head_dim, causal=True, batch=1)
     for dtype in DTYPES:

@@ -88,7 +88,9 @@ def test_no_row_sees_a_key(q_len, k_len, backend):
 def test_sink_of_minus_infinity_is_no_sink(backend):
     q, k, v = qkv(20, 12)
     sinks = torch.full((2,), -INF, requires_grad=True)
-    out, lse = fastattn.attention(q, k, v, sinks=sinks, causal=True, return_lse=True, backend=backend)
+    out, lse = fastattn.attention(
+        q, k, v, sinks=sinks, causal=True, return_lse=True, backend=backend
+    )
     plain, plain_lse, *_ = attention(q, k, v, backend, causal=True)
     torch.testing.assert_close(out.detach(), plain)
     torch.testing.assert_close(lse.detach(), plain_lse)

@@ -61,7 +61,9 @@ def test_zero_rows(shape, residual, backend):
     else:
         y = fastattn.layer_norm(x, shape[-1:], weight, bias, backend=backend)
     assert y.shape == x.shape
-    for leaf, grad in zip((x, weight, bias), torch.autograd.grad(y.sum(), (x, weight, bias)), strict=True):
+    for leaf, grad in zip(
+        (x, weight, bias), torch.autograd.grad(y.sum(), (x, weight, bias)), strict=True
+    ):
         assert grad.shape == leaf.shape and (grad == 0).all()
 
 
@@ -206,7 +208,9 @@ def test_rows_beyond_32_bits(backend):
     base = torch.empty(step + 1001, dtype=torch.bfloat16)
     x = base.as_strided((2, 1000), (step, 1), 1).copy_(randn(2, 1000))
     same = x.contiguous()
-    assert torch.equal(fastattn.softmax(x, backend=backend), fastattn.softmax(same, backend=backend))
+    assert torch.equal(
+        fastattn.softmax(x, backend=backend), fastattn.softmax(same, backend=backend)
+    )
     assert torch.equal(
         fastattn.layer_norm(x, (1000,), backend=backend),
         fastattn.layer_norm(same, (1000,), backend=backend),

@@ -40,7 +40,9 @@ def layouts(draw, rank):
 def lay_out(x, layout):
     order, strided, step, broadcast, offset = layout
     if broadcast is not None and x.shape[broadcast] > 0:
-        return lay_out(x.narrow(broadcast, 0, 1), (order, strided, step, None, offset)).expand(x.shape)
+        return lay_out(x.narrow(broadcast, 0, 1), (order, strided, step, None, offset)).expand(
+            x.shape
+        )
     sizes = [x.shape[d] * (step if d == strided else 1) for d in order]
     memory = torch.full((math.prod(sizes) + offset,), torch.nan, dtype=x.dtype)
     inverse = [order.index(d) for d in range(x.dim())]
@@ -56,7 +58,11 @@ def leaf(shape, dtype, seed, layout, magnitude=1.0):
 @st.composite
 def attention_calls(draw):
     dtype, seed = draw(dtypes), draw(seeds)
-    batch, kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    batch, kv_heads, group = (
+        draw(st.integers(1, 2)),
+        draw(st.integers(1, 3)),
+        draw(st.integers(1, 4)),
+    )
     q_len, k_len = draw(st.integers(1, 70)), draw(st.integers(1, 150))
     dim, v_dim = draw(st.integers(1, 40)), draw(st.integers(1, 40))
     heads = kv_heads * group
@@ -64,7 +70,9 @@ def attention_calls(draw):
         q_len = draw(st.integers(1, 3))
     layout = layouts(4)
     call = {
-        "q": leaf((batch, heads, q_len, dim), dtype, seed, draw(layout), draw(st.sampled_from([1, 4]))),
+        "q": leaf(
+            (batch, heads, q_len, dim), dtype, seed, draw(layout), draw(st.sampled_from([1, 4]))
+        ),
         "k": leaf((batch, kv_heads, k_len, dim), dtype, seed + 1, draw(layout)),
         "v": leaf((batch, kv_heads, k_len, v_dim), dtype, seed + 2, draw(layout)),
         "causal": draw(st.sampled_from([False, True, "top_left"])),
@@ -121,7 +129,9 @@ def test_layer_norm(data):
     normalized = shape[draw(st.integers(0, len(shape) - 1)) :]
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     parameters = draw(st.sampled_from([dtype, wide]))
-    x = lay_out(values(shape, dtype, seed) + draw(st.sampled_from([0, 10])), draw(layouts(len(shape))))
+    x = lay_out(
+        values(shape, dtype, seed) + draw(st.sampled_from([0, 10])), draw(layouts(len(shape)))
+    )
     keywords = {}
     if draw(st.booleans()):
         keywords["weight"] = values(normalized, parameters, seed + 1).requires_grad_()

@@ -16,7 +16,9 @@ from fastattn.cases import DTYPES
 from fastattn.spec import Mask
 
 
-def probabilities(q_len, k_len, mask, backend, seed=None, dropout_p=0.0, batch=1, heads=1, kv_heads=1):
+def probabilities(
+    q_len, k_len, mask, backend, seed=None, dropout_p=0.0, batch=1, heads=1, kv_heads=1
+):
     """(P, P again): as the forward has it and as the backward makes it, uniform where visible."""
     q = torch.zeros(batch, heads, q_len, 1)
     k = torch.zeros(batch, kv_heads, k_len, 1)
@@ -52,7 +54,15 @@ def test_every_small_mask(q_len, k_len, backend):
 
 
 # Where the tiles of the kernels end: 24 and 192 queries, 96 and 128 keys.
-BLOCKS = [(-1, 0, 77), (-1, 0, -23), (40, 0, 77), (95, 33, 0), (-1, 128, 5), (7, 7, 60), (127, -1, 77)]
+BLOCKS = [
+    (-1, 0, 77),
+    (-1, 0, -23),
+    (40, 0, 77),
+    (95, 33, 0),
+    (-1, 128, 5),
+    (7, 7, 60),
+    (127, -1, 77),
+]
 
 
 @pytest.mark.parametrize(("q_len", "k_len"), [(49, 300), (200, 129), (25, 97), (6, 400)])

@@ -193,7 +193,8 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) * 1024 - ours
 @pytest.mark.skipif("cpu" not in fastattn.backends().available, reason="no CPU kernels here")
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in KiB on Linux")
 @pytest.mark.parametrize(
-    ("count", "heads", "mask"), [(2, 2, "causal"), (2, 1, "window"), (7, 2, "window"), (32, 1, "window")]
+    ("count", "heads", "mask"),
+    [(2, 2, "causal"), (2, 1, "window"), (7, 2, "window"), (32, 1, "window")],
 )
 def test_memory_at_16384(count, heads, mask):
     """Beyond inputs and outputs under 64 MB, forward and backward; a matrix of scores is 1 GB."""

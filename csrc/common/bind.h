@@ -1,5 +1,5 @@
-// From Python arguments to the structs of params.h. A tensor comes as (address, stride, stride, ...):
-// no torch type crosses the border, so one build serves every version of torch.
+// From Python arguments to the structs of params.h. A tensor comes as (address, stride, stride,
+// ...): no torch type crosses the border, so one build serves every version of torch.
 #pragma once
 #include <pybind11/pybind11.h>
 

@@ -1,4 +1,5 @@
-// Which keys a query sees. The one transcription in C++ of fastattn/spec.py; g++ and nvcc compile it.
+// Which keys a query sees. The one transcription in C++ of fastattn/spec.py; g++ and nvcc compile
+// it.
 #pragma once
 #include <cstdint>
 

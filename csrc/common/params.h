@@ -36,12 +36,12 @@ struct AttentionParams {
   DType dtype;
   AttentionShape shape;
   View q, k, v;
-  View out;           // forward: written; backward: read
-  void* lse;          // (batch, q_heads, q_len), contiguous, statistics dtype
-  View bias;          // no data: no bias; stride 0 on broadcast dimensions
+  View out;   // forward: written; backward: read
+  void* lse;  // (batch, q_heads, q_len), contiguous, statistics dtype
+  View bias;  // no data: no bias; stride 0 on broadcast dimensions
   DType bias_dtype;
-  View alibi_slopes;  // (batch, q_heads), statistics dtype
-  const void* sinks;  // (q_heads,), statistics dtype, or null
+  View alibi_slopes;      // (batch, q_heads), statistics dtype
+  const void* sinks;      // (q_heads,), statistics dtype, or null
   double scale, softcap;  // softcap 0: off
   Mask mask;
   Dropout dropout;
@@ -73,11 +73,11 @@ struct LayerNormParams {
   DType dtype;
   RowShape rows;
   int64_t width;
-  View x, residual;          // the backward has h, what was normalised, as x
+  View x, residual;           // the backward has h, what was normalised, as x
   const void *weight, *bias;  // (width,), or null
   DType weight_dtype, bias_dtype;
-  void *y, *new_residual;     // forward
-  void *mean, *rstd;          // (rows,), statistics dtype; written by the forward; RMS: no mean
+  void *y, *new_residual;  // forward
+  void *mean, *rstd;       // (rows,), statistics dtype; written by the forward; RMS: no mean
   double eps;
   bool rms;
   Dropout dropout;
@@ -85,13 +85,14 @@ struct LayerNormParams {
 };
 
 struct LayerNormGrads {
-  View dy, dnew_residual;           // the gradient that reached new_residual, or no data
-  void *dx, *dresidual;             // null: not asked for
-  void *dweight, *dbias;            // (width,), dtypes of weight and bias; null: not asked for
+  View dy, dnew_residual;  // the gradient that reached new_residual, or no data
+  void *dx, *dresidual;    // null: not asked for
+  void *dweight, *dbias;   // (width,), dtypes of weight and bias; null: not asked for
 };
 
 // softmax(scale * x + mask) over the `width` numbers of each of rows x inner columns. A View's
-// stride[3] walks the width; inner columns are adjacent, in the mask adjacent or (mask_inner 0) one.
+// stride[3] walks the width; inner columns are adjacent, in the mask adjacent or (mask_inner 0)
+// one.
 struct SoftmaxParams {
   DType x_dtype, y_dtype, mask_dtype;
   RowShape rows;

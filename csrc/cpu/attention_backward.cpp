@@ -1,5 +1,5 @@
-// Attention backward (Dao et al., "FlashAttention", 2022): the probabilities are made again from lse,
-// tile by tile, and never held whole. With p the probabilities, o the output and l the lse:
+// Attention backward (Dao et al., "FlashAttention", 2022): the probabilities are made again from
+// lse, tile by tile, and never held whole. With p the probabilities, o the output and l the lse:
 //   dv_j = sum_i drop(p_ij) do_i              dp_ij = drop(do_i . v_j)
 //   dlogit_ij = p_ij (dp_ij - delta_i + dl_i) delta_i = do_i . o_i
 //   ds_ij = dlogit_ij * dlogit/ds             dq_i = sum_j ds_ij k_j,   dk_j = sum_i ds_ij q_i
@@ -116,9 +116,8 @@ class BackwardTile {
     const int panels = int(round_up(n_, kWide) / kWide);
     if (wanted_.ds()) {
       pack_rows<Compute>(do_rows_, dv_elems_, dout, rows, dv_);
-      tile_product<Compute>({do_rows_, dv_elems_, 1},
-                                         {v_transposed_, ptrdiff_t(dv_elems_) * kWide}, dprobs_,
-                                         kKeys, rows, panels, dv_elems_, sum_run(p_));
+      tile_product<Compute>({do_rows_, dv_elems_, 1}, {v_transposed_, ptrdiff_t(dv_elems_) * kWide},
+                            dprobs_, kKeys, rows, panels, dv_elems_, sum_run(p_));
     }
     if (wanted_.dk) pack_panels<Compute>(q_panels_, kByRow, q, rows, d_);
     if (wanted_.dv) pack_panels<Compute>(do_panels_, kByRow, dout, rows, dv_);
@@ -180,9 +179,8 @@ class BackwardTile {
     const Source<T> q{p_.q.at<const T>(b_, h, i), p_.q.stride[2], p_.q.stride[3]};
     const int panels = int(round_up(n_, kWide) / kWide);
     pack_rows<Compute>(q_rows_, d_elems_, q, rows, d_);
-    tile_product<Compute>({q_rows_, d_elems_, 1},
-                                       {k_transposed_, ptrdiff_t(d_elems_) * kWide}, scores_, kKeys,
-                                       rows, panels, d_elems_, sum_run(p_));
+    tile_product<Compute>({q_rows_, d_elems_, 1}, {k_transposed_, ptrdiff_t(d_elems_) * kWide},
+                          scores_, kKeys, rows, panels, d_elems_, sum_run(p_));
     return q;
   }
 
@@ -213,8 +211,7 @@ class BackwardTile {
         // Keys beyond the last must not reach the products as NaN.
         for (int c = n_; c < width; ++c) s[c] = dp[c] = 0;
       }
-      if (p_.dropout.p > 0 && wanted_.dv)
-        drop_row(s, words_, p_.dropout, b_, h_, i_ + r, j_, n_);
+      if (p_.dropout.p > 0 && wanted_.dv) drop_row(s, words_, p_.dropout, b_, h_, i_ + r, j_, n_);
     }
     if constexpr (kDepth == 2) narrow(width);
   }
@@ -280,7 +277,8 @@ class BackwardTile {
       if (wanted_.dq)
         for (int r = 0; r < rows_; ++r) {
           Narrow* dst = ds_rows_ + ptrdiff_t(r) * kKeys;
-          for (int c = 0; c < width; c += w) store(dst + c, load(dprobs_ + ptrdiff_t(r) * kKeys + c));
+          for (int c = 0; c < width; c += w)
+            store(dst + c, load(dprobs_ + ptrdiff_t(r) * kKeys + c));
           if (n_ % 2) dst[n_] = Narrow{0};
         }
     }
@@ -303,8 +301,8 @@ class BackwardTile {
   bool keys_finite_ = true, spoils_ = false;
 };
 
-// delta_i = do_i . o_i, one product after the other as tile_matmul sums do_i . v_j: for a query that
-// sees one key the two then cancel to the last bit. Rows side by side keep the processor busy.
+// delta_i = do_i . o_i, one product after the other as tile_matmul sums do_i . v_j: for a query
+// that sees one key the two then cancel to the last bit. Rows side by side keep the processor busy.
 template <typename T>
 void compute_delta(const AttentionParams& p, const AttentionGrads& g, int threads) {
   using A = Acc<T>;
@@ -325,7 +323,8 @@ void compute_delta(const AttentionParams& p, const AttentionGrads& g, int thread
         A sum[kAtOnce] = {};
         for (int64_t c = run; c < std::min<int64_t>(run + sum_run(p), s.v_dim); ++c)
           unroll<kAtOnce>([&](auto k) {
-            sum[k] = fma(to_acc(o[k][c * p.out.stride[3]]), to_acc(d[k][c * g.dout.stride[3]]), sum[k]);
+            sum[k] =
+                fma(to_acc(o[k][c * p.out.stride[3]]), to_acc(d[k][c * g.dout.stride[3]]), sum[k]);
           });
         unroll<kAtOnce>([&](auto k) { total[k] = total[k] + sum[k]; });
       }
@@ -410,8 +409,9 @@ class Backward {
       BackwardTile<T> tile(p_, g_, {}, again(), scratch_of_this_thread());
       A max[kQueryBlock];
       double sum[kQueryBlock];
-      std::fill_n(max, count, p_.sinks ? static_cast<const A*>(p_.sinks)[h]
-                                       : -std::numeric_limits<A>::infinity());
+      std::fill_n(
+          max, count,
+          p_.sinks ? static_cast<const A*>(p_.sinks)[h] : -std::numeric_limits<A>::infinity());
       std::fill_n(sum, count, p_.sinks ? 1.0 : 0.0);
       const KeyRange seen = p_.mask.any_keys(i, i + count, s.k_len);
       for (int64_t j = seen.begin / kKeyBlock<A> * kKeyBlock<A>; j < seen.end; j += kKeyBlock<A>) {
@@ -488,17 +488,18 @@ class Backward {
     const int64_t blocks = (s.q_len + kQueryBlock - 1) / kQueryBlock;
     parallel_static(s.batch * s.q_heads * blocks, plan_.threads,
                     [&](int64_t begin, int64_t end, int) {
-      for (int64_t n = begin; n < end; ++n) {
-        const int64_t head = n / blocks, i = n % blocks * kQueryBlock;
-        const int64_t rows = std::min<int64_t>(kQueryBlock, s.q_len - i);
-        // Splitting the keys, each unit has one query head: see BackwardPlan.
-        A* total = parts[head * plan_.key_splits].get() + i * d_cols_;
-        for (int k = 1; k < plan_.key_splits; ++k)
-          add_rows(total, parts[head * plan_.key_splits + k].get() + i * d_cols_, rows * d_cols_);
-        write_rows<T>(g_.dq, head / s.q_heads, head % s.q_heads, i, total, rows, int(s.head_dim),
-                      int(d_cols_));
-      }
-    });
+                      for (int64_t n = begin; n < end; ++n) {
+                        const int64_t head = n / blocks, i = n % blocks * kQueryBlock;
+                        const int64_t rows = std::min<int64_t>(kQueryBlock, s.q_len - i);
+                        // Splitting the keys, each unit has one query head: see BackwardPlan.
+                        A* total = parts[head * plan_.key_splits].get() + i * d_cols_;
+                        for (int k = 1; k < plan_.key_splits; ++k)
+                          add_rows(total, parts[head * plan_.key_splits + k].get() + i * d_cols_,
+                                   rows * d_cols_);
+                        write_rows<T>(g_.dq, head / s.q_heads, head % s.q_heads, i, total, rows,
+                                      int(s.head_dim), int(d_cols_));
+                      }
+                    });
   }
 
   void merge_dkv(const std::vector<std::unique_ptr<A[]>>& parts) {
@@ -508,25 +509,27 @@ class Backward {
     // Unit of KV head n, group split g and key split k: (n * group_splits + g) * key_splits + k.
     parallel_static(s.batch * s.kv_heads * plan_.key_splits, plan_.threads,
                     [&](int64_t begin, int64_t end, int) {
-      for (int64_t n = begin; n < end; ++n) {
-        const int64_t first = n / plan_.key_splits * splits * plan_.key_splits + n % plan_.key_splits;
-        const BackwardPlan::Unit unit = plan_.unit(first);
-        const int64_t keys = unit.keys.end - unit.keys.begin;
-        A* total = parts[first].get();
-        for (int g = 1; g < splits; ++g)
-          add_rows(total, parts[first + int64_t(g) * plan_.key_splits].get(), keys * width);
-        for (int64_t j = 0; j < keys; j += kKeyBlock<A>) {
-          const int64_t rows = std::min<int64_t>(kKeyBlock<A>, keys - j);
-          const A* dk = total + j * width;
-          if (wanted_.dk)
-            write_rows<T>(g_.dk, unit.b, unit.kv, unit.keys.begin + j, dk, rows, int(s.head_dim),
-                          int(d_cols_));
-          if (wanted_.dv)
-            write_rows<T>(g_.dv, unit.b, unit.kv, unit.keys.begin + j, dk + rows * d_cols_, rows,
-                          int(s.v_dim), int(dv_cols_));
-        }
-      }
-    });
+                      for (int64_t n = begin; n < end; ++n) {
+                        const int64_t first =
+                            n / plan_.key_splits * splits * plan_.key_splits + n % plan_.key_splits;
+                        const BackwardPlan::Unit unit = plan_.unit(first);
+                        const int64_t keys = unit.keys.end - unit.keys.begin;
+                        A* total = parts[first].get();
+                        for (int g = 1; g < splits; ++g)
+                          add_rows(total, parts[first + int64_t(g) * plan_.key_splits].get(),
+                                   keys * width);
+                        for (int64_t j = 0; j < keys; j += kKeyBlock<A>) {
+                          const int64_t rows = std::min<int64_t>(kKeyBlock<A>, keys - j);
+                          const A* dk = total + j * width;
+                          if (wanted_.dk)
+                            write_rows<T>(g_.dk, unit.b, unit.kv, unit.keys.begin + j, dk, rows,
+                                          int(s.head_dim), int(d_cols_));
+                          if (wanted_.dv)
+                            write_rows<T>(g_.dv, unit.b, unit.kv, unit.keys.begin + j,
+                                          dk + rows * d_cols_, rows, int(s.v_dim), int(dv_cols_));
+                        }
+                      }
+                    });
   }
 
   // The gradient of a bias that broadcasts: each thread takes tiles of the bias and sums over all
@@ -592,11 +595,16 @@ void attention_backward(const AttentionParams& p, const AttentionGrads& g) {
   const AttentionShape& s = p.shape;
   if (s.batch == 0 || s.q_heads == 0 || s.q_len == 0) return;
   switch (p.dtype) {
-    case DType::kFloat32: return Backward<float>(p, g).run();
-    case DType::kFloat64: return Backward<double>(p, g).run();
-    case DType::kBFloat16: return Backward<bf16>(p, g).run();
-    case DType::kFloat16: return Backward<f16>(p, g).run();
-    case DType::kBool: return;
+    case DType::kFloat32:
+      return Backward<float>(p, g).run();
+    case DType::kFloat64:
+      return Backward<double>(p, g).run();
+    case DType::kBFloat16:
+      return Backward<bf16>(p, g).run();
+    case DType::kFloat16:
+      return Backward<f16>(p, g).run();
+    case DType::kBool:
+      return;
   }
 }
 

@@ -1,5 +1,5 @@
-// Attention of few queries to many keys, bound by reading K and V: each KV head is read once for all
-// the queries of its group. Lanes run along head_dim in q . k and along v's columns in p . v.
+// Attention of few queries to many keys, bound by reading K and V: each KV head is read once for
+// all the queries of its group. Lanes run along head_dim in q . k and along v's columns in p . v.
 #pragma once
 #include <vector>
 
@@ -47,7 +47,8 @@ class DecodeTile {
     // Rows that are read once are converted on the way; read by several queries, they are
     // converted once.
     const bool k_direct = k.col == 1 && s.head_dim % w == 0 && (std::is_same_v<T, A> || rows_ == 1);
-    const bool v_direct = v.col == 1 && s.v_dim % (4 * w) == 0 && (std::is_same_v<T, A> || rows_ <= 2);
+    const bool v_direct =
+        v.col == 1 && s.v_dim % (4 * w) == 0 && (std::is_same_v<T, A> || rows_ <= 2);
     for (int64_t j = keys.begin; j < keys.end; j += kKeys) {
       const int n = int(std::min<int64_t>(kKeys, keys.end - j));
       const Source<T> kj{k.at(j, 0), k.row, k.col}, vj{v.at(j, 0), v.row, v.col};
@@ -59,10 +60,9 @@ class DecodeTile {
       }
       const bool hides = p_.bias || j < full.begin || j + n > full.end;
       const bool spoils = hides && !all_finite(vj, n, int(s.v_dim));
-      softmax_.block(scores_, scores_, kKeys, 0, rows_, j, n, int(round_up(n, w)), spoils,
-                     [&](int r) {
-                       return typename OnlineSoftmax<A>::Query{mods[r / s.q_len], r % s.q_len};
-                     });
+      softmax_.block(
+          scores_, scores_, kKeys, 0, rows_, j, n, int(round_up(n, w)), spoils,
+          [&](int r) { return typename OnlineSoftmax<A>::Query{mods[r / s.q_len], r % s.q_len}; });
       const Source<T> next{k.at(std::min(j + kKeys, keys.end - 1), 0), k.row, k.col};
       if (v_direct && !spoils) {
         accumulate(vj, n, next);
@@ -83,8 +83,8 @@ class DecodeTile {
  private:
   static void convert(A* dst, int dst_row, Source<T> s, int rows, int cols) {
     pack_rows<Fma<A>>(dst, dst_row, s, rows, cols);
-    for (int r = 0; r < rows; ++r) std::fill(dst + ptrdiff_t(r) * dst_row + cols,
-                                             dst + ptrdiff_t(r) * dst_row + dst_row, A(0));
+    for (int r = 0; r < rows; ++r)
+      std::fill(dst + ptrdiff_t(r) * dst_row + cols, dst + ptrdiff_t(r) * dst_row + dst_row, A(0));
   }
 
   // scores_ = q . k^T; meanwhile the rows of v are on their way to the cache.
@@ -131,15 +131,15 @@ class DecodeTile {
     A* out = out_ + ptrdiff_t(r) * v_cols_ + c;
     const A* p = scores_ + ptrdiff_t(r) * kKeys;
     unroll<kRows>([&](auto row) {
-      unroll<4>([&](auto x) {
-        sum[row][x] = set1(factor[r + row]) * load(out + row * v_cols_ + x * w);
-      });
+      unroll<4>(
+          [&](auto x) { sum[row][x] = set1(factor[r + row]) * load(out + row * v_cols_ + x * w); });
     });
     for (int j = 0; j < n; ++j) {
       const U* value = v.at(j, c);
       unroll<4>([&](auto x) {
         const V y = load(value + x * w);
-        unroll<kRows>([&](auto row) { sum[row][x] = fma(set1(p[row * kKeys + j]), y, sum[row][x]); });
+        unroll<kRows>(
+            [&](auto row) { sum[row][x] = fma(set1(p[row * kKeys + j]), y, sum[row][x]); });
       });
     }
     unroll<kRows>([&](auto row) {

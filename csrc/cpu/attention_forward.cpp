@@ -1,6 +1,7 @@
 // Attention forward: out = softmax(logits) . v and lse = log sum exp(logits), tile by tile with an
-// online softmax (Milakov and Gimelshein, 2018; Dao et al., "FlashAttention", 2022). A thread takes a
-// tile of queries through the keys they see; lanes are keys in S = Q . K^T and columns of v in P . V.
+// online softmax (Milakov and Gimelshein, 2018; Dao et al., "FlashAttention", 2022). A thread takes
+// a tile of queries through the keys they see; lanes are keys in S = Q . K^T and columns of v in P
+// . V.
 #include "attention_decode.h"
 #include "attention_plan.h"
 #include "attention_results.h"
@@ -13,9 +14,9 @@
 namespace fastattn {
 namespace {
 
-constexpr int kKeyBlock = 128;                  // keys packed at a time
-constexpr int kSubRows = 4 * kTileRows;         // queries whose scores stay in L1
-constexpr int kMaxQueryTile = 8 * kSubRows;     // queries that share one packing of keys and values
+constexpr int kKeyBlock = 128;               // keys packed at a time
+constexpr int kSubRows = 4 * kTileRows;      // queries whose scores stay in L1
+constexpr int kMaxQueryTile = 8 * kSubRows;  // queries that share one packing of keys and values
 
 template <typename T>
 class ForwardTile {
@@ -80,11 +81,9 @@ class ForwardTile {
     const ptrdiff_t k_stride = ptrdiff_t(d_elems_) * kWide;
     mod.prefetch(i + r0, rows, j + begin, end - begin);
     tile_product<Compute>({q_ + ptrdiff_t(r0) * d_elems_, d_elems_, 1},
-                                       {k_ + begin / kWide * k_stride, k_stride}, scores_,
-                                       kKeyBlock, rows, panels, d_elems_);
-    const auto query = [&](int r) {
-      return typename OnlineSoftmax<A>::Query{mod, i + r0 + r};
-    };
+                          {k_ + begin / kWide * k_stride, k_stride}, scores_, kKeyBlock, rows,
+                          panels, d_elems_);
+    const auto query = [&](int r) { return typename OnlineSoftmax<A>::Query{mod, i + r0 + r}; };
     softmax_.block(scores_, probs_, kKeyBlock, r0, rows, j + begin, end - begin, width, spoils,
                    query);
     const Left<Compute> left{reinterpret_cast<const Elem*>(probs_), kKeyBlock / kDepth, 1};
@@ -104,9 +103,9 @@ class ForwardTile {
   const AttentionParams& p_;
   const int d_elems_, v_cols_;  // elements along the head dim; columns of v, padded
   Elem *q_, *k_, *v_;
-  A* scores_;   // (kSubRows, kKeyBlock)
+  A* scores_;    // (kSubRows, kKeyBlock)
   Prob* probs_;  // the same, or a copy in bf16
-  A* out_;      // (kMaxQueryTile, v_cols_)
+  A* out_;       // (kMaxQueryTile, v_cols_)
   OnlineSoftmax<A> softmax_;
 };
 
@@ -130,9 +129,8 @@ void forward(const AttentionParams& p) {
       ForwardTile<T> tile(p, scratch);
       tile.run(at.b, at.h, at.i, at.rows, at.keys);
       for (int r = 0; r < at.rows; ++r)
-        results.put(at.split, at.b, at.h, at.i + r,
-                    tile.out() + ptrdiff_t(r) * tile.out_stride(), tile.state().max(r),
-                    tile.state().sum(r));
+        results.put(at.split, at.b, at.h, at.i + r, tile.out() + ptrdiff_t(r) * tile.out_stride(),
+                    tile.state().max(r), tile.state().sum(r));
     }
   });
   if (plan.splits > 1) results.merge(plan.threads);
@@ -143,11 +141,16 @@ void forward(const AttentionParams& p) {
 void attention_forward(const AttentionParams& p) {
   if (p.shape.batch == 0 || p.shape.q_heads == 0 || p.shape.q_len == 0) return;
   switch (p.dtype) {
-    case DType::kFloat32: return forward<float>(p);
-    case DType::kFloat64: return forward<double>(p);
-    case DType::kBFloat16: return forward<bf16>(p);
-    case DType::kFloat16: return forward<f16>(p);
-    case DType::kBool: return;
+    case DType::kFloat32:
+      return forward<float>(p);
+    case DType::kFloat64:
+      return forward<double>(p);
+    case DType::kBFloat16:
+      return forward<bf16>(p);
+    case DType::kFloat16:
+      return forward<f16>(p);
+    case DType::kBool:
+      return;
   }
 }
 

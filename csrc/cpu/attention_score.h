@@ -1,5 +1,5 @@
-// From q.k to the logits that softmax sees, one row (one query, consecutive keys) at a time; the same
-// code serves forward, backward and decode. The order is the library's definition:
+// From q.k to the logits that softmax sees, one row (one query, consecutive keys) at a time; the
+// same code serves forward, backward and decode. The order is the library's definition:
 //   scale -> softcap -> ALiBi -> bias -> mask
 #pragma once
 #include "params.h"
@@ -26,7 +26,8 @@ struct ScoreMod {
            j * p.bias.stride[3];
   }
 
-  // Is there anything to do that the plain path, logits = scale * scores with scale > 0, leaves out?
+  // Is there anything to do that the plain path, logits = scale * scores with scale > 0, leaves
+  // out?
   static bool needed(const AttentionParams& p) {
     return p.softcap != 0 || p.alibi_slopes || p.bias || !(p.scale > 0);
   }
@@ -43,7 +44,8 @@ struct ScoreMod {
   }
 
   // row[0..n): q_i . k_(j + c) -> logits, in natural units. n is padded to whole vectors; `scratch`
-  // holds n values. With `slope_out`, d logit / d score goes there (1 without a softcap, times scale).
+  // holds n values. With `slope_out`, d logit / d score goes there (1 without a softcap, times
+  // scale).
   template <bool kWithSlope>
   void apply(A* row, A* scratch, A* slope_out, int64_t i, int64_t j, int n) const {
     using V = Vec<A>;
@@ -102,11 +104,16 @@ struct ScoreMod {
       return scratch;
     };
     switch (p.bias_dtype) {
-      case DType::kFloat32: return convert(reinterpret_cast<const float*>(data));
-      case DType::kFloat64: return convert(reinterpret_cast<const double*>(data));
-      case DType::kBFloat16: return convert(reinterpret_cast<const bf16*>(data));
-      case DType::kFloat16: return convert(reinterpret_cast<const f16*>(data));
-      case DType::kBool: break;
+      case DType::kFloat32:
+        return convert(reinterpret_cast<const float*>(data));
+      case DType::kFloat64:
+        return convert(reinterpret_cast<const double*>(data));
+      case DType::kBFloat16:
+        return convert(reinterpret_cast<const bf16*>(data));
+      case DType::kFloat16:
+        return convert(reinterpret_cast<const f16*>(data));
+      case DType::kBool:
+        break;
     }
     constexpr A hidden = -std::numeric_limits<A>::infinity();
     const uint8_t* src = reinterpret_cast<const uint8_t*>(data) + offset(i, j);
@@ -123,7 +130,8 @@ template <typename A>
 inline void drop_row(A* row, uint32_t* scratch, const Dropout& d, int64_t b, int64_t h, int64_t i,
                      int64_t j, int n) {
   const int64_t first = j >> 2, last = (j + n + 3) >> 2;
-  random_words(scratch, d.seed, uint32_t(first), last - first, uint32_t(i), uint32_t(h), uint32_t(b));
+  random_words(scratch, d.seed, uint32_t(first), last - first, uint32_t(i), uint32_t(h),
+               uint32_t(b));
   const uint32_t threshold = dropout_threshold(d.p);
   const A scale = d.p >= 1 ? A(0) : A(1 / (1 - d.p));
   const uint32_t* word = scratch + (j & 3);

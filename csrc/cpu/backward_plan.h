@@ -16,8 +16,8 @@ struct BackwardPlan {
 
   const AttentionParams& p;
   int threads, group_splits = 1, key_splits = 1;
-  int64_t max_keys;              // of a unit
-  std::vector<int64_t> bounds;   // unit k of a head has the keys [bounds[k], bounds[k + 1])
+  int64_t max_keys;             // of a unit
+  std::vector<int64_t> bounds;  // unit k of a head has the keys [bounds[k], bounds[k + 1])
 
   BackwardPlan(const AttentionParams& params, int key_block)
       : p(params), threads(useful_threads(params)) {
@@ -31,7 +31,8 @@ struct BackwardPlan {
         group_splits = int(s.group());
         const int64_t alone = heads * group_splits;
         if (alone % threads != 0)
-          key_splits = int(std::min((2 * threads + alone - 1) / alone, std::max<int64_t>(blocks, 1)));
+          key_splits =
+              int(std::min((2 * threads + alone - 1) / alone, std::max<int64_t>(blocks, 1)));
       }
     }
     split_keys(blocks, key_block);

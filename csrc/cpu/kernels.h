@@ -9,7 +9,8 @@ namespace fastattn {
 
 extern const char* const isa;  // the instruction set that the kernels were compiled for
 
-// Flash attention (Dao et al., 2022): tiled, online softmax; scratch is allocated inside, a few tiles a thread.
+// Flash attention (Dao et al., 2022): tiled, online softmax; scratch is allocated inside, a few
+// tiles a thread.
 void attention_forward(const AttentionParams& params);
 // Writes the gradients that are asked for, and grads.delta.
 void attention_backward(const AttentionParams& params, const AttentionGrads& grads);

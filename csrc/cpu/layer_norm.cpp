@@ -138,7 +138,8 @@ void forward(const LayerNormParams& p) {
   parallel_static(rows, useful_threads(p.threads, rows * n), [&](int64_t begin, int64_t end, int) {
     for (int64_t row = begin; row < end; ++row) {
       const T* x = static_cast<const T*>(p.x.data) + p.rows.offset(row, p.x);
-      const T* next = row + 1 < end ? static_cast<const T*>(p.x.data) + p.rows.offset(row + 1, p.x) : x;
+      const T* next =
+          row + 1 < end ? static_cast<const T*>(p.x.data) + p.rows.offset(row + 1, p.x) : x;
       if (p.new_residual) {
         T* h = static_cast<T*>(p.new_residual) + row * n;
         const T* residual = static_cast<const T*>(p.residual.data) + p.rows.offset(row, p.residual);
@@ -150,17 +151,17 @@ void forward(const LayerNormParams& p) {
       if (!p.rms) static_cast<A*>(p.mean)[row] = A(moment.mean);
       static_cast<A*>(p.rstd)[row] = A(rstd);
 
-      // y = ((x - centre) - rest) rstd weight + bias, where centre + rest is the mean to more digits
-      // than one number holds: a mean of 1e4 must not cost the last digits of y.
+      // y = ((x - centre) - rest) rstd weight + bias, where centre + rest is the mean to more
+      // digits than one number holds: a mean of 1e4 must not cost the last digits of y.
       const A centre = A(moment.mean);
       const Vec<A> centres = set1(centre), scale = set1(A(rstd));
       const Vec<A> rest = set1(A((double(centre) - moment.mean) * rstd));
       write_row<T>(static_cast<T*>(p.y) + row * n, n, past_cache,
-                [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
-                  prefetch(next + j);
-                  const Vec<A> x_hat = fma(lanes.load(x + j) - centres, scale, rest);
-                  return fma(x_hat, lanes.load(weight + j), lanes.load(bias + j));
-                });
+                   [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+                     prefetch(next + j);
+                     const Vec<A> x_hat = fma(lanes.load(x + j) - centres, scale, rest);
+                     return fma(x_hat, lanes.load(weight + j), lanes.load(bias + j));
+                   });
     }
     stream_fence();
   });
@@ -168,8 +169,8 @@ void forward(const LayerNormParams& p) {
 
 // ---- backward ----------------------------------------------------------------------------------
 
-// A thread's sums of dweight and dbias, in the order of T, over two levels: the first takes kFlush additions, then goes
-// into the second, so that thousands of rows do not add up their rounding.
+// A thread's sums of dweight and dbias, in the order of T, over two levels: the first takes kFlush
+// additions, then goes into the second, so that thousands of rows do not add up their rounding.
 template <typename A>
 class Partials {
  public:
@@ -205,8 +206,8 @@ struct BackwardRow {
   double sum_g, sum_gd;
 };
 
-// First pass over kRows rows at once, so that dweight, dbias and the weights are loaded once for all:
-// sum_g = sum(g), sum_gd = sum(g d), dweight += dy x_hat, dbias += dy.
+// First pass over kRows rows at once, so that dweight, dbias and the weights are loaded once for
+// all: sum_g = sum(g), sum_gd = sum(g d), dweight += dy x_hat, dbias += dy.
 template <typename T, int kRows, bool kPartials>
 void backward_sums(BackwardRow<T>* rows, const Acc<T>* weight, Acc<T>* dweight, Acc<T>* dbias,
                    int64_t n) {
@@ -281,8 +282,8 @@ void backward_row(const BackwardRow<T>& row, const LayerNormParams& p, const Lay
 
   const T* dnew = nullptr;
   if (grads.dnew_residual)
-    dnew = static_cast<const T*>(grads.dnew_residual.data) +
-           p.rows.offset(index, grads.dnew_residual);
+    dnew =
+        static_cast<const T*>(grads.dnew_residual.data) + p.rows.offset(index, grads.dnew_residual);
   A dh[kBlock], natural[kBlock], factor[kBlock];
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t m = std::min(kBlock, n - begin);
@@ -291,8 +292,9 @@ void backward_row(const BackwardRow<T>& row, const LayerNormParams& p, const Lay
       lanes.store(dh + j, dnew ? v + lanes.load(dnew + begin + j) : v);
     });
     if (dresidual)
-      write_row<T>(dresidual + begin, m, past_cache, [&](int64_t j, auto lanes)
-                FASTATTN_INLINE_LAMBDA { return lanes.load(dh + j); });
+      write_row<T>(dresidual + begin, m, past_cache,
+                   [&](int64_t j, auto lanes)
+                       FASTATTN_INLINE_LAMBDA { return lanes.load(dh + j); });
     if (!dx) continue;
     if (p.dropout.p > 0) {
       dropout_factors(natural, p.dropout, index, begin, m);
@@ -301,8 +303,9 @@ void backward_row(const BackwardRow<T>& row, const LayerNormParams& p, const Lay
         return lanes.load(dh + j) * lanes.load(factor + j);
       });
     } else {
-      write_row<T>(dx + begin, m, past_cache, [&](int64_t j, auto lanes)
-                FASTATTN_INLINE_LAMBDA { return lanes.load(dh + j); });
+      write_row<T>(dx + begin, m, past_cache, [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+        return lanes.load(dh + j);
+      });
     }
   }
 }
@@ -367,8 +370,7 @@ void backward(const LayerNormParams& p, const LayerNormGrads& grads) {
     if (grouped)
       for (; row + kGroup <= end; row += kGroup)
         backward_group<T, kGroup>(row, group, p, grads, weight, mine, past_cache);
-    for (; row < end; ++row)
-      backward_group<T, 1>(row, group, p, grads, weight, mine, past_cache);
+    for (; row < end; ++row) backward_group<T, 1>(row, group, p, grads, weight, mine, past_cache);
     if (mine) mine->flush();
     stream_fence();
   });

@@ -29,7 +29,8 @@ py::list usable_isas() {
   __cpuidex(b, 7, 0);
   __cpuidex(c, 7, 1);
   const unsigned long long os = (a[2] >> 27 & 1) ? _xgetbv(0) : 0;  // state that the OS saves
-  avx2 = (os & 6) == 6 && (a[2] >> 12 & 1) && (a[2] >> 29 & 1) && (b[1] >> 5 & 1) && (b[1] >> 8 & 1);
+  avx2 =
+      (os & 6) == 6 && (a[2] >> 12 & 1) && (a[2] >> 29 & 1) && (b[1] >> 5 & 1) && (b[1] >> 8 & 1);
   avx512 = avx2 && (os & 0xe6) == 0xe6 && (b[1] >> 16 & 1) && (b[1] >> 17 & 1) &&
            (b[1] >> 30 & 1) && (b[1] >> 31 & 1);
   bf16 = avx512 && (c[0] >> 5 & 1);
@@ -48,7 +49,8 @@ py::list usable_isas() {
   return names;
 }
 
-// ---- layer norm and softmax ----------------------------------------------------------------------
+// ---- layer norm and softmax
+// ----------------------------------------------------------------------
 
 // sizes: n0, n1, n2 (the rows), width, dtype, weight_dtype, bias_dtype, rms, threads.
 // addresses: weight, bias, mean, rstd; 0 for none.

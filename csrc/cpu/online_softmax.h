@@ -158,8 +158,8 @@ class OnlineSoftmax {
 
   const AttentionParams& p_;
   const bool modified_;
-  A *max_, *sum_, *factor_;   // of the tile
-  A *reference_, *lanes_;     // of the block: maxima, and per-lane maxima or sums
+  A *max_, *sum_, *factor_;  // of the tile
+  A *reference_, *lanes_;    // of the block: maxima, and per-lane maxima or sums
   A* bias_;
   uint32_t* words_;
   bool* visible_;

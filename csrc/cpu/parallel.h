@@ -38,8 +38,8 @@ inline GompParallel openmp() {
 #endif
 }
 
-// Calls body(thread) once for each thread in [0, threads), concurrently where it can. The bodies must not wait
-// for one another: fewer real threads than asked for may serve them.
+// Calls body(thread) once for each thread in [0, threads), concurrently where it can. The bodies
+// must not wait for one another: fewer real threads than asked for may serve them.
 template <typename Body>
 void parallel(int threads, const Body& body) {
   if (threads <= 1) {

@@ -1,4 +1,5 @@
-// Philox for a row: see csrc/common/philox.h, which defines the numbers. Here, many counters at once.
+// Philox for a row: see csrc/common/philox.h, which defines the numbers. Here, many counters at
+// once.
 #pragma once
 #include "philox.h"
 #include "vec.h"

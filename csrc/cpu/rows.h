@@ -64,9 +64,10 @@ struct First {
   }
 };
 
-// Half of two vectors of bf16 that are taken at once, in the order that the instruction set likes: the
-// even numbers, then the odd ones. Numbers of the accumulation type beside them lie in this "paired"
-// order too: even ones, odd ones, for each 2 kWidth of a row; what does not fill a pair lies as is.
+// Half of two vectors of bf16 that are taken at once, in the order that the instruction set likes:
+// the even numbers, then the odd ones. Numbers of the accumulation type beside them lie in this
+// "paired" order too: even ones, odd ones, for each 2 kWidth of a row; what does not fill a pair
+// lies as is.
 template <bool kOdd>
 struct HalfPair {
   template <typename T>
@@ -123,8 +124,9 @@ void from_order_of(A* out, const A* in, int64_t n) {
 
 constexpr int kUnroll = 4;  // independent accumulators hide the latency of additions
 
-// Calls body(slot, j, lanes) for each vector of n numbers, in the order of T; `slot` is a compile-time
-// 0 .. kUnroll - 1, for the accumulators. The first vector is cut to `head` lanes where that is not 0.
+// Calls body(slot, j, lanes) for each vector of n numbers, in the order of T; `slot` is a
+// compile-time 0 .. kUnroll - 1, for the accumulators. The first vector is cut to `head` lanes
+// where that is not 0.
 template <typename T, typename Body>
 FASTATTN_INLINE void each_vector(int64_t head, int64_t n, const Body& body) {
   constexpr int64_t w = Vec<Acc<T>>::kWidth;
@@ -171,8 +173,8 @@ int64_t unaligned_head(const T* p) {
   return int64_t((bytes - reinterpret_cast<uintptr_t>(p) % bytes) % bytes / sizeof(T));
 }
 
-// Writes value(j, lanes) to out[j], in the order of Order: T, or Acc<T> for j as it is. `past_cache`
-// sends it straight to memory.
+// Writes value(j, lanes) to out[j], in the order of Order: T, or Acc<T> for j as it is.
+// `past_cache` sends it straight to memory.
 template <typename Order, typename T, typename Value>
 FASTATTN_INLINE void write_row(T* out, int64_t n, bool past_cache, const Value& value) {
 #if defined(FASTATTN_X86_VECTORS)
@@ -196,13 +198,11 @@ FASTATTN_INLINE void write_row(T* out, int64_t n, bool past_cache, const Value& 
 #endif
   if (past_cache) {
     each_vector<Acc<T>>(unaligned_head(out), n,
-                        [&](auto, int64_t i, auto lanes) FASTATTN_INLINE_LAMBDA {
-                          lanes.stream(out + i, value(i, lanes));
-                        });
+                        [&](auto, int64_t i, auto lanes)
+                            FASTATTN_INLINE_LAMBDA { lanes.stream(out + i, value(i, lanes)); });
   } else {
-    each_vector<Acc<T>>(n, [&](auto, int64_t i, auto lanes) FASTATTN_INLINE_LAMBDA {
-      lanes.store(out + i, value(i, lanes));
-    });
+    each_vector<Acc<T>>(n, [&](auto, int64_t i, auto lanes)
+                               FASTATTN_INLINE_LAMBDA { lanes.store(out + i, value(i, lanes)); });
   }
 }
 
@@ -253,10 +253,14 @@ void widen_row(A* out, const void* in, DType dtype, int64_t stride, int64_t n) {
     }
   };
   switch (dtype) {
-    case DType::kFloat32: return copy(static_cast<const float*>(in));
-    case DType::kFloat64: return copy(static_cast<const double*>(in));
-    case DType::kBFloat16: return copy(static_cast<const bf16*>(in));
-    case DType::kFloat16: return copy(static_cast<const f16*>(in));
+    case DType::kFloat32:
+      return copy(static_cast<const float*>(in));
+    case DType::kFloat64:
+      return copy(static_cast<const double*>(in));
+    case DType::kBFloat16:
+      return copy(static_cast<const bf16*>(in));
+    case DType::kFloat16:
+      return copy(static_cast<const f16*>(in));
     case DType::kBool: {
       const auto* p = static_cast<const uint8_t*>(in);
       for (int64_t i = 0; i < n; ++i)
@@ -291,10 +295,14 @@ constexpr DType dtype_of() {
 template <typename F>
 void with_type(DType dtype, const F& f) {
   switch (dtype) {
-    case DType::kFloat64: return f(double{});
-    case DType::kBFloat16: return f(bf16{});
-    case DType::kFloat16: return f(f16{});
-    default: return f(float{});
+    case DType::kFloat64:
+      return f(double{});
+    case DType::kBFloat16:
+      return f(bf16{});
+    case DType::kFloat16:
+      return f(f16{});
+    default:
+      return f(float{});
   }
 }
 
@@ -314,8 +322,7 @@ void dropout_factors(A* factor, const Dropout& dropout, int64_t row, int64_t beg
       const uint32_t group = uint32_t((begin + j) / 4 + lane);
       const Philox random =
           Philox::at(dropout.seed, group, uint32_t(row), uint32_t(uint64_t(row) >> 32), 0);
-      for (int k = 0; k < 4; ++k)
-        words[4 * lane + k] = random.word[k] >= threshold ? kept : A(0);
+      for (int k = 0; k < 4; ++k) words[4 * lane + k] = random.word[k] >= threshold ? kept : A(0);
     }
     std::copy_n(words, std::min<int64_t>(4 * kLanes, n - j), factor + j);
   }

@@ -18,7 +18,8 @@ constexpr int64_t kKeptScores = 65536;
 
 enum class MaskKind { kNone, kAdded, kKept };
 
-// The numbers of the mask beside a run of scores, as numbers to add, for a layout known at run time.
+// The numbers of the mask beside a run of scores, as numbers to add, for a layout known at run
+// time.
 template <typename A>
 class MaskRun {
  public:
@@ -27,8 +28,10 @@ class MaskRun {
   }
   // n of them from `offset`, `stride` apart.
   const A* at(int64_t offset, int64_t stride, int64_t n) {
-    const int64_t size = p_.mask_dtype == DType::kBool ? 1 : p_.mask_dtype == DType::kFloat64 ? 8
-                         : p_.mask_dtype == DType::kFloat32 ? 4 : 2;
+    const int64_t size = p_.mask_dtype == DType::kBool      ? 1
+                         : p_.mask_dtype == DType::kFloat64 ? 8
+                         : p_.mask_dtype == DType::kFloat32 ? 4
+                                                            : 2;
     const char* data = static_cast<const char*>(p_.mask.data) + offset * size;
     if (direct() && stride == 1) return reinterpret_cast<const A*>(data);
     if (!own_) own_ = scratch<A>(kBlock);
@@ -142,7 +145,8 @@ void forward_rows(const SoftmaxParams& p) {
         const A* mask = nullptr;
         if constexpr (kMask != MaskKind::kNone)
           mask = mask_run.at(mask_row + first * p.mask.stride[3], p.mask.stride[3], m);
-        return load_scores<Order, In, kMask>(kept.get() + (keep ? first : 0), x + first, mask, scale, m);
+        return load_scores<Order, In, kMask>(kept.get() + (keep ? first : 0), x + first, mask,
+                                             scale, m);
       };
 
       RowSum<A> sum;
@@ -166,20 +170,22 @@ void forward_rows(const SoftmaxParams& p) {
         if (!keep) load_block(first, count);
         const A* s = kept.get() + (keep ? first : 0);
         if (p.log) {
-          write_row<Order>(y + first, count, past_cache, [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
-            return (lanes.load(s + j) - maximum) - log_total;
-          });
+          write_row<Order>(y + first, count, past_cache,
+                           [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+                             return (lanes.load(s + j) - maximum) - log_total;
+                           });
         } else if (keep) {
           const double base = bases[first / kBlock];
           const Vec<A> factor = set1(A(base == m ? inverse : std::exp(base - m) * inverse));
-          write_row<Order>(y + first, count, past_cache, [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
-            return lanes.load(s + j) * factor;
-          });
+          write_row<Order>(y + first, count, past_cache,
+                           [&](int64_t j, auto lanes)
+                               FASTATTN_INLINE_LAMBDA { return lanes.load(s + j) * factor; });
         } else {
           const Vec<A> factor = set1(A(inverse));
-          write_row<Order>(y + first, count, past_cache, [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
-            return exp_of(lanes.load(s + j) - maximum) * factor;
-          });
+          write_row<Order>(y + first, count, past_cache,
+                           [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+                             return exp_of(lanes.load(s + j) - maximum) * factor;
+                           });
         }
       }
     }
@@ -207,25 +213,25 @@ void backward_rows(const SoftmaxGrads& p) {
       for (int64_t first = 0; first < n; first += kBlock) {
         Vec<A> sum[kUnroll] = {zero<A>(), zero<A>(), zero<A>(), zero<A>()};
         each_vector<Order>(std::min(kBlock, n - first),
-                       [&](auto slot, int64_t i, auto lanes) FASTATTN_INLINE_LAMBDA {
-                         const Vec<A> up = lanes.load(dy + first + i);
-                         if constexpr (kLog)
-                           sum[slot] = sum[slot] + up;
-                         else
-                           sum[slot] = fma(lanes.load(y + first + i), up, sum[slot]);
-                       });
+                           [&](auto slot, int64_t i, auto lanes) FASTATTN_INLINE_LAMBDA {
+                             const Vec<A> up = lanes.load(dy + first + i);
+                             if constexpr (kLog)
+                               sum[slot] = sum[slot] + up;
+                             else
+                               sum[slot] = fma(lanes.load(y + first + i), up, sum[slot]);
+                           });
         total += hsum((sum[0] + sum[1]) + (sum[2] + sum[3]));
       }
       const Vec<A> dot = set1(A(total));
       write_row<Order>(static_cast<Dx*>(p.dx) + row * n, n, past_cache,
-                [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
-                  prefetch(next_y + j);
-                  prefetch(next_dy + j);
-                  const Vec<A> v = lanes.load(y + j), up = lanes.load(dy + j);
-                  if constexpr (!kLog) return v * scale * (up - dot);
-                  const Vec<A> d = scale * (up - exp_of(v) * dot);
-                  return select(equal(v, masked), zero<A>(), d);
-                });
+                       [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+                         prefetch(next_y + j);
+                         prefetch(next_dy + j);
+                         const Vec<A> v = lanes.load(y + j), up = lanes.load(dy + j);
+                         if constexpr (!kLog) return v * scale * (up - dot);
+                         const Vec<A> d = scale * (up - exp_of(v) * dot);
+                         return select(equal(v, masked), zero<A>(), d);
+                       });
     }
     stream_fence();
   });
@@ -367,12 +373,14 @@ void backward_columns(const SoftmaxGrads& p) {
       }
       for (int64_t d = 0; d < n; ++d) {
         const T *v = y + d * p.y.stride[3], *up = dy + d * p.dy.stride[3];
-        write_row<A>(dx + d * p.inner, count, false, [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
-          const Vec<A> out = lanes.load(v + j), g = lanes.load(up + j), total = lanes.load(dot.total + j);
-          if constexpr (!kLog) return out * scale * (g - total);
-          const Vec<A> gradient = scale * (g - exp_of(out) * total);
-          return select(equal(out, masked), zero<A>(), gradient);
-        });
+        write_row<A>(dx + d * p.inner, count, false,
+                     [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+                       const Vec<A> out = lanes.load(v + j), g = lanes.load(up + j),
+                                    total = lanes.load(dot.total + j);
+                       if constexpr (!kLog) return out * scale * (g - total);
+                       const Vec<A> gradient = scale * (g - exp_of(out) * total);
+                       return select(equal(out, masked), zero<A>(), gradient);
+                     });
       }
     }
   });

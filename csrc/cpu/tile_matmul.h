@@ -1,6 +1,7 @@
 // The matrix product that all of attention is made of: C (M, N) = A (M, K) . B (K, N) on tiles that
-// fit the caches. Lanes run along N; A is broadcast element by element, with any strides; B is packed
-// into panels of kPanel columns, [panel][k][kPanel], zero-padded, so that it is read in order.
+// fit the caches. Lanes run along N; A is broadcast element by element, with any strides; B is
+// packed into panels of kPanel columns, [panel][k][kPanel], zero-padded, so that it is read in
+// order.
 //
 // A Compute policy says what an element is: a float, a double, or (with AVX-512 BF16) a pair of
 // bf16 neighbours along K, which one instruction multiplies and adds in float32.
@@ -34,9 +35,7 @@ struct Bf16Pairs {
   static FASTATTN_INLINE Operand broadcast(const Elem* a) {
     return (Operand)_mm512_set1_epi32(int(*a));
   }
-  static FASTATTN_INLINE Operand load_b(const Elem* b) {
-    return (Operand)_mm512_loadu_si512(b);
-  }
+  static FASTATTN_INLINE Operand load_b(const Elem* b) { return (Operand)_mm512_loadu_si512(b); }
   static FASTATTN_INLINE VecF step(Operand a, Operand b, VecF c) {
     return {_mm512_dpbf16_ps(c.v, a, b)};
   }
@@ -86,26 +85,26 @@ FASTATTN_INLINE void tile_matmul_step(const typename Compute::Elem* a, ptrdiff_t
   constexpr int w = V::kWidth;
 #define FASTATTN_ROWS(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
 #define FASTATTN_ZERO(r) V c##r##0 = zero<A>(), c##r##1 = zero<A>();
-#define FASTATTN_STEP(r)                                       \
-  if constexpr (kRows > r) {                                   \
-    const auto x = Compute::broadcast(a + r * a_row);          \
-    c##r##0 = Compute::step(x, b0, c##r##0);                   \
-    c##r##1 = Compute::step(x, b1, c##r##1);                   \
+#define FASTATTN_STEP(r)                              \
+  if constexpr (kRows > r) {                          \
+    const auto x = Compute::broadcast(a + r * a_row); \
+    c##r##0 = Compute::step(x, b0, c##r##0);          \
+    c##r##1 = Compute::step(x, b1, c##r##1);          \
   }
-#define FASTATTN_WRITE(r)                                              \
-  if constexpr (kRows > r) {                                           \
-    A* p = c + r * c_row;                                              \
-    if constexpr (kInto == Into::kStore) {                             \
-      store(p, c##r##0);                                               \
-      store(p + w, c##r##1);                                           \
-    } else if constexpr (kInto == Into::kAdd) {                        \
-      store(p, load(p) + c##r##0);                                     \
-      store(p + w, load(p + w) + c##r##1);                             \
-    } else {                                                           \
-      const V f = set1(factor[r]);                                     \
-      store(p, fma(f, load(p), c##r##0));                              \
-      store(p + w, fma(f, load(p + w), c##r##1));                      \
-    }                                                                  \
+#define FASTATTN_WRITE(r)                         \
+  if constexpr (kRows > r) {                      \
+    A* p = c + r * c_row;                         \
+    if constexpr (kInto == Into::kStore) {        \
+      store(p, c##r##0);                          \
+      store(p + w, c##r##1);                      \
+    } else if constexpr (kInto == Into::kAdd) {   \
+      store(p, load(p) + c##r##0);                \
+      store(p + w, load(p + w) + c##r##1);        \
+    } else {                                      \
+      const V f = set1(factor[r]);                \
+      store(p, fma(f, load(p), c##r##0));         \
+      store(p + w, fma(f, load(p + w), c##r##1)); \
+    }                                             \
   }
   FASTATTN_ROWS(FASTATTN_ZERO)
   for (int k = 0; k < k_elems; ++k) {
@@ -151,8 +150,8 @@ struct Panels {
 // C has `rows` rows and `panels` * kPanel columns; factor is read for Into::kRescale only.
 template <Into kInto, class Compute>
 FASTATTN_NOINLINE void tile_matmul(Left<Compute> a, Panels<Compute> b, typename Compute::Acc* c,
-                        ptrdiff_t c_row, int rows, int panels, int k_elems,
-                        const typename Compute::Acc* factor = nullptr) {
+                                   ptrdiff_t c_row, int rows, int panels, int k_elems,
+                                   const typename Compute::Acc* factor = nullptr) {
   constexpr int width = kPanel<typename Compute::Acc>;
   for (int p = 0; p < panels; ++p, b.data += b.stride, c += width) {
     int r = 0;
@@ -165,7 +164,8 @@ FASTATTN_NOINLINE void tile_matmul(Left<Compute> a, Panels<Compute> b, typename 
   }
 }
 
-// Elements along K that are summed in one go; a longer product is summed by parts, which rounds less.
+// Elements along K that are summed in one go; a longer product is summed by parts, which rounds
+// less.
 constexpr int kSumRun = 128;
 
 // C = A . B for any K, summed by parts of `run` elements.
@@ -266,8 +266,7 @@ inline void pack_rows(typename Compute::Elem* dst, ptrdiff_t dst_row, Source<T> 
         std::memcpy(dst, p, size_t(cols) * sizeof(T));
       } else {
         for (int c = 0; c < cols; c += 2)
-          dst[c / 2] =
-              make_pair(p + c * s.col, c + 1 < cols ? p + (c + 1) * s.col : nullptr);
+          dst[c / 2] = make_pair(p + c * s.col, c + 1 < cols ? p + (c + 1) * s.col : nullptr);
       }
 #endif
     }
@@ -314,7 +313,8 @@ inline void pack_panels(typename Compute::Elem* dst, ptrdiff_t panel_stride, Sou
   }
 }
 
-// Right operand whose K runs along the source's columns: B (k, n) = source (n, k), n < rows, k < cols.
+// Right operand whose K runs along the source's columns: B (k, n) = source (n, k), n < rows, k <
+// cols.
 template <class Compute, typename T>
 inline void pack_panels_transposed(typename Compute::Elem* dst, ptrdiff_t panel_stride, Source<T> s,
                                    int rows, int cols) {

@@ -1,11 +1,12 @@
 // The only file with intrinsics: one vector of floats or doubles per instruction set, behind one
-// interface, so that the kernels are written once. setup.py compiles each module with its own flags;
-// the compiler's predefined macros choose the implementation here.
+// interface, so that the kernels are written once. setup.py compiles each module with its own
+// flags; the compiler's predefined macros choose the implementation here.
 //
 //   Vec<A>       A is the accumulation type, float or double; Vec<A>::kWidth lanes
 //   load, store  any alignment; load_n, store_n touch only the first n lanes (the rest load as 0)
-//   the stored types float, double, bf16, f16 are widened by load and rounded (to nearest even) by store
-//   vmax(a, b), vmin(a, b)  return b when either is NaN, as x86 does: put what must survive second
+//   the stored types float, double, bf16, f16 are widened by load and rounded (to nearest even) by
+//   store vmax(a, b), vmin(a, b)  return b when either is NaN, as x86 does: put what must survive
+//   second
 #pragma once
 #include <cmath>
 #include <cstddef>
@@ -150,12 +151,12 @@ template <typename T, typename A = Acc<T>>
 FASTATTN_INLINE void store_n(T* p, Vec<A> x, int n) {
   for (int i = 0; i < n; ++i) p[i] = from_acc<T>(x.lane[i]);
 }
-#define FASTATTN_BINARY(name, expression)                 \
-  template <typename A>                                   \
-  FASTATTN_INLINE Vec<A> name(Vec<A> a, Vec<A> b) {       \
-    Vec<A> r;                                             \
-    FASTATTN_LANES r.lane[i] = expression;                \
-    return r;                                             \
+#define FASTATTN_BINARY(name, expression)           \
+  template <typename A>                             \
+  FASTATTN_INLINE Vec<A> name(Vec<A> a, Vec<A> b) { \
+    Vec<A> r;                                       \
+    FASTATTN_LANES r.lane[i] = expression;          \
+    return r;                                       \
   }
 FASTATTN_BINARY(operator+, a.lane[i] + b.lane[i])
 FASTATTN_BINARY(operator-, a.lane[i] - b.lane[i])
@@ -164,8 +165,8 @@ FASTATTN_BINARY(operator/, a.lane[i] / b.lane[i])
 FASTATTN_BINARY(vmax, a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i])
 FASTATTN_BINARY(vmin, a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i])
 #undef FASTATTN_BINARY
-// a * b + c as the vectors do it: with one rounding where the instruction set has it. Nothing else is
-// ever fused (setup.py: -ffp-contract=off), so that a product rounds alike wherever it is made.
+// a * b + c as the vectors do it: with one rounding where the instruction set has it. Nothing else
+// is ever fused (setup.py: -ffp-contract=off), so that a product rounds alike wherever it is made.
 template <typename A>
 FASTATTN_INLINE A fma(A a, A b, A c) {
 #if defined(FASTATTN_X86_VECTORS) || defined(__aarch64__)
@@ -250,8 +251,8 @@ FASTATTN_INLINE Vec<double> exp2_below(Vec<double> x) { return exp2(x); }
 // grow by n. Adding 1.5 * 2^23 rounds to n and leaves n in the low bits. x is first raised to
 // -127, where the exponent bits become those of exactly 0. exp2_below leaves out the bound above.
 constexpr float kRoundMagic = 12582912.0f;
-// The polynomial for 2^f on [-1/2, 1/2]: minimax with 2^0 = 1 exact, relative error 2e-9. One degree
-// less would do for softmax (1e-7), but shows in gradients beside libm's exp.
+// The polynomial for 2^f on [-1/2, 1/2]: minimax with 2^0 = 1 exact, relative error 2e-9. One
+// degree less would do for softmax (1e-7), but shows in gradients beside libm's exp.
 constexpr float kExp2Poly[6] = {0.6931472f,   0.24022648f,   0.055503324f,
                                 0.009618437f, 0.0013398874f, 0.00015353362f};
 
@@ -310,9 +311,13 @@ FASTATTN_INLINE __m128i narrow(f16, VecF x) {
   return _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT);
 }
 FASTATTN_INLINE VecF load(const float* p) { return {_mm256_loadu_ps(p)}; }
-FASTATTN_INLINE VecF load(const bf16* p) { return widen(bf16{}, _mm_loadu_si128((const __m128i*)p)); }
+FASTATTN_INLINE VecF load(const bf16* p) {
+  return widen(bf16{}, _mm_loadu_si128((const __m128i*)p));
+}
 FASTATTN_INLINE VecF load(const f16* p) { return widen(f16{}, _mm_loadu_si128((const __m128i*)p)); }
-FASTATTN_INLINE VecF load_n(const float* p, int n) { return {_mm256_maskload_ps(p, first_lanes(n))}; }
+FASTATTN_INLINE VecF load_n(const float* p, int n) {
+  return {_mm256_maskload_ps(p, first_lanes(n))};
+}
 template <typename Half>
 FASTATTN_INLINE VecF load_half_n(const Half* p, int n) {
   Half copy[8] = {};
@@ -339,13 +344,14 @@ FASTATTN_INLINE void store_n(f16* p, VecF x, int n) { store_half_n(p, x, n); }
 FASTATTN_INLINE void stream(float* p, VecF x) { _mm256_stream_ps(p, x.v); }
 FASTATTN_INLINE void stream(bf16* p, VecF x) { _mm_stream_si128((__m128i*)p, narrow(bf16{}, x)); }
 FASTATTN_INLINE void stream(f16* p, VecF x) { _mm_stream_si128((__m128i*)p, narrow(f16{}, x)); }
-// Two vectors at once in the order that costs least: the even numbers of 2 kWidth, and the odd ones.
+// Two vectors at once in the order that costs least: the even numbers of 2 kWidth, and the odd
+// ones.
 FASTATTN_INLINE VecF load_even(const bf16* p) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256((const __m256i*)p), 16))};
 }
 FASTATTN_INLINE VecF load_odd(const bf16* p) {
-  return {_mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256((const __m256i*)p),
-                                               _mm256_set1_epi32(int(0xffff0000))))};
+  return {_mm256_castsi256_ps(
+      _mm256_and_si256(_mm256_loadu_si256((const __m256i*)p), _mm256_set1_epi32(int(0xffff0000))))};
 }
 FASTATTN_INLINE __m256i interleave(VecF even, VecF odd) {
   return _mm256_blend_epi16(_mm256_srli_epi32(round_to_upper_half(even), 16),
@@ -409,7 +415,8 @@ FASTATTN_INLINE VecF exp2_parts(VecF rounded, VecF f) {
   return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), shift))};
 }
 #elif defined(FASTATTN_X86_VECTORS)
-// ---- AVX-512 F, BW, DQ, VL ------------------------------------------------------------------------
+// ---- AVX-512 F, BW, DQ, VL
+// ------------------------------------------------------------------------
 template <>
 struct Vec<float> {
   static constexpr int kWidth = 16;
@@ -557,7 +564,8 @@ FASTATTN_INLINE VecF exp2_parts(VecF rounded, VecF f) {
   return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), shift))};
 }
 #elif defined(__ARM_NEON) && defined(__aarch64__)
-// ---- Arm NEON (AArch64) ---------------------------------------------------------------------------
+// ---- Arm NEON (AArch64)
+// ---------------------------------------------------------------------------
 template <>
 struct Vec<float> {
   static constexpr int kWidth = 4;
@@ -589,9 +597,7 @@ FASTATTN_INLINE uint16x4_t narrow(bf16, VecF x) {
   const uint32x4_t quiet = vorrq_u32(bits, vdupq_n_u32(0x400000));
   return vshrn_n_u32(vbslq_u32(vceqq_f32(x.v, x.v), rounded, quiet), 16);
 }
-FASTATTN_INLINE uint16x4_t narrow(f16, VecF x) {
-  return vreinterpret_u16_f16(vcvt_f16_f32(x.v));
-}
+FASTATTN_INLINE uint16x4_t narrow(f16, VecF x) { return vreinterpret_u16_f16(vcvt_f16_f32(x.v)); }
 FASTATTN_INLINE VecF load(const float* p) { return {vld1q_f32(p)}; }
 FASTATTN_INLINE VecF load(const bf16* p) { return widen(bf16{}, vld1_u16((const uint16_t*)p)); }
 FASTATTN_INLINE VecF load(const f16* p) { return widen(f16{}, vld1_u16((const uint16_t*)p)); }
@@ -671,7 +677,8 @@ FASTATTN_INLINE void prefetch(const void* p) {
 #endif
 }
 
-// ---- 64-bit lanes whose low halves hold random words (philox.h): the products of Philox are 64 bits
+// ---- 64-bit lanes whose low halves hold random words (philox.h): the products of Philox are 64
+// bits
 struct Vec64 {
 #if defined(FASTATTN_X86_VECTORS) && defined(__AVX512F__)
   static constexpr int kWidth = 8;
@@ -696,7 +703,8 @@ FASTATTN_INLINE void store_words(uint32_t* dst, Vec64 a, Vec64 b, Vec64 c, Vec64
   const __mmask16 odd = 0xaaaa;
   const __m512i ab = _mm512_mask_shuffle_epi32(a.v, odd, b.v, _MM_PERM_CCAA);
   const __m512i cd = _mm512_mask_shuffle_epi32(c.v, odd, d.v, _MM_PERM_CCAA);
-  const __m512i even_groups = _mm512_unpacklo_epi64(ab, cd), odd_groups = _mm512_unpackhi_epi64(ab, cd);
+  const __m512i even_groups = _mm512_unpacklo_epi64(ab, cd),
+                odd_groups = _mm512_unpackhi_epi64(ab, cd);
   const __m512i lo = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
   const __m512i hi = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
   _mm512_storeu_si512(dst, _mm512_permutex2var_epi64(even_groups, lo, odd_groups));
@@ -712,15 +720,17 @@ FASTATTN_INLINE Vec64 multiply_low(Vec64 a, Vec64 b) { return {_mm256_mul_epu32(
 FASTATTN_INLINE void store_words(uint32_t* dst, Vec64 a, Vec64 b, Vec64 c, Vec64 d) {
   const __m256i ab = _mm256_blend_epi32(a.v, _mm256_slli_epi64(b.v, 32), 0xaa);
   const __m256i cd = _mm256_blend_epi32(c.v, _mm256_slli_epi64(d.v, 32), 0xaa);
-  const __m256i even_groups = _mm256_unpacklo_epi64(ab, cd), odd_groups = _mm256_unpackhi_epi64(ab, cd);
+  const __m256i even_groups = _mm256_unpacklo_epi64(ab, cd),
+                odd_groups = _mm256_unpackhi_epi64(ab, cd);
   _mm256_storeu_si256((__m256i*)dst, _mm256_permute2x128_si256(even_groups, odd_groups, 0x20));
-  _mm256_storeu_si256((__m256i*)(dst + 8), _mm256_permute2x128_si256(even_groups, odd_groups, 0x31));
+  _mm256_storeu_si256((__m256i*)(dst + 8),
+                      _mm256_permute2x128_si256(even_groups, odd_groups, 0x31));
 }
 #else
-#define FASTATTN_BINARY64(name, expression)                                 \
-  FASTATTN_INLINE Vec64 name(Vec64 a, Vec64 b) {                            \
-    for (int i = 0; i < Vec64::kWidth; ++i) a.lane[i] = expression;         \
-    return a;                                                               \
+#define FASTATTN_BINARY64(name, expression)                         \
+  FASTATTN_INLINE Vec64 name(Vec64 a, Vec64 b) {                    \
+    for (int i = 0; i < Vec64::kWidth; ++i) a.lane[i] = expression; \
+    return a;                                                       \
   }
 FASTATTN_BINARY64(add64, a.lane[i] + b.lane[i])
 FASTATTN_BINARY64(xor64, a.lane[i] ^ b.lane[i])
