@@ -324,3 +324,38 @@ def test_dropout_drops_its_share(backend):
     kept = fastattn.scaled_dot_product_attention(x, x, x, dropout_p=0.25, backend=backend)
     assert abs(kept.mean().item() - 1) < 0.02
     assert kept.std() > 0
+
+
+# ------------------------------------------------------------------------ edges that kernels lose
+
+
+@backends
+@pytest.mark.parametrize("value", [torch.finfo(torch.float32).min, 1e18, -1e18])
+def test_lse_that_has_no_room_for_the_sum(backend, value):
+    """Equal scores so large that lse rounds the log of the row's sum away, gradients included."""
+    q, k, v = leaves((1, 2, 4, 8), (1, 2, 5, 8), (1, 2, 5, 8), dtype=torch.float32)
+    out = fastattn.attention(q, k, v, bias=torch.full((4, 5), value), backend=backend)
+    torch.testing.assert_close(out, v.mean(2, keepdim=True).expand_as(out))
+    (dv,) = torch.autograd.grad(out.sum(), v)
+    torch.testing.assert_close(dv, torch.full_like(v, 4 / 5))
+
+
+@backends
+@pytest.mark.parametrize("empty", ["batch", "heads", "queries", "keys", "values"])
+def test_nothing_to_do(backend, empty):
+    batch, heads, q_len, k_len, v_dim = (
+        0 if empty == name else n
+        for name, n in (("batch", 2), ("heads", 3), ("queries", 4), ("keys", 5), ("values", 6))
+    )
+    q, k, v, sinks = leaves(
+        (batch, heads, q_len, 8), (batch, heads, k_len, 8), (batch, heads, k_len, v_dim), (heads,)
+    )
+    out, lse = fastattn.attention(q, k, v, sinks=sinks, return_lse=True, backend=backend)
+    assert out.shape == (batch, heads, q_len, v_dim) and lse.shape == (batch, heads, q_len)
+    grads = torch.autograd.grad(out.sum() + lse.sum(), (q, k, v, sinks))
+    for grad, leaf in zip(grads, (q, k, v, sinks), strict=True):
+        assert grad.shape == leaf.shape and grad.isfinite().all()
+        if empty != "values":
+            assert leaf is sinks or (grad == 0).all()
+    if empty == "keys":
+        assert (out == 0).all() and torch.equal(lse, sinks[None, :, None].expand_as(lse))
