@@ -12,12 +12,12 @@ BIN := $(VENV)/bin
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
 SOURCES := pyproject.toml setup.py constraints.txt $(CPP) $(shell find fastattn -name '*.py')
 
-.PHONY: help venv bench bench-full test lint format clean distclean
+.PHONY: help venv bench bench-full readme test lint format clean distclean
 .DELETE_ON_ERROR:
 
 help:
 	@sed -n '1,5s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
-	@echo "others: make venv | bench-full | lint | format | clean | distclean"
+	@echo "others: make venv | bench-full | readme | lint | format | clean | distclean"
 
 venv: $(VENV)/installed
 
@@ -39,6 +39,10 @@ bench: venv
 
 bench-full: venv
 	$(BIN)/fastattn bench --full --json $(RESULTS)/full.json --html $(RESULTS)/full.html
+
+# The figures of the README are those of the last full run.
+readme: venv
+	$(BIN)/python -m fastattn.bench.readme $(RESULTS)/full.json
 
 # Not `python -m pytest`, which would put the sources beside this file before the installed package.
 test: venv

@@ -42,7 +42,14 @@ KERNELS = sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp") if p.name != "mo
 COMMON = (
     ["/O2", "/std:c++17", "/EHsc"]
     if MSVC
-    else ["-O3", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast", "-g0"]
+    else [
+        "-O3",
+        "-std=c++17",
+        "-fvisibility=hidden",
+        "-fno-math-errno",
+        "-ffp-contract=off",
+        "-g0",
+    ]
 )
 SANITIZE = os.environ.get("FASTATTN_SANITIZE")  # for example "address,undefined"
 DEBUG = [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-O1", "-g1"] if SANITIZE else []
@@ -67,7 +74,7 @@ class BuildExtensions(build_ext):
         self.reason = self.obstacle()
         if self.reason:
             print(f"fastattn: {self.reason}; every call will use the reference backend")
-            self.extensions = []
+            self.extensions: list[Extension] = []
         else:
             self.compile_all()
         self.write_build_info()

@@ -51,7 +51,7 @@ struct AttentionParams {
 struct AttentionGrads {
   View dout;
   const void* dlse;  // (batch, q_heads, q_len), contiguous, or null
-  void* delta;       // (batch, q_heads, q_len), contiguous: written, rowsum(dout * out) - dlse
+  void* delta;       // (batch, q_heads, q_len), contiguous: written, rowsum(dout * out)
   View dq, dk, dv;   // no data: not asked for
   View dbias;        // statistics dtype; stride 0 and size 1 where the bias broadcasts
 };

@@ -1,7 +1,7 @@
 // Attention backward (Dao et al., "FlashAttention", 2022): the probabilities are made again from lse,
 // tile by tile, and never held whole. With p the probabilities, o the output and l the lse:
 //   dv_j = sum_i drop(p_ij) do_i              dp_ij = drop(do_i . v_j)
-//   dlogit_ij = p_ij (dp_ij - delta_i)        delta_i = do_i . o_i - dl_i
+//   dlogit_ij = p_ij (dp_ij - delta_i + dl_i) delta_i = do_i . o_i
 //   ds_ij = dlogit_ij * dlogit/ds             dq_i = sum_j ds_ij k_j,   dk_j = sum_i ds_ij q_i
 // A unit of work takes a range of keys of one KV head through the queries that see them: dk and dv
 // gather in a tile, dq in a float32 copy of the head. Where such copies would take too much memory, dq
@@ -10,6 +10,7 @@
 // A large lse, say -3e38 from a bias of the smallest float, has no room for the log of the sum, and
 // exp(logit - lse) would be anything: the maxima and sums of those rows are made again.
 #include <memory>
+#include <numeric>
 
 #include "backward_plan.h"
 #include "backward_tile.h"
@@ -19,25 +20,29 @@
 namespace fastattn {
 namespace {
 
-// delta_i = do_i . o_i - dlse_i
+// delta_i = do_i . o_i, one product after the other as tile_matmul sums do_i . v_j: for a query that
+// sees one key the two then cancel to the last bit. Rows side by side keep the processor busy.
 template <typename T>
 void compute_delta(const AttentionParams& p, const AttentionGrads& g, int threads) {
   using A = Acc<T>;
+  constexpr int kAtOnce = 8;
   const AttentionShape& s = p.shape;
-  constexpr int w = Vec<A>::kWidth;
-  parallel_static(s.batch * s.q_heads * s.q_len, threads, [&](int64_t begin, int64_t end, int) {
-    for (int64_t r = begin; r < end; ++r) {
-      const int64_t b = r / s.q_len / s.q_heads, h = r / s.q_len % s.q_heads, i = r % s.q_len;
-      const T* o = p.out.at<const T>(b, h, i);
-      const T* d = g.dout.at<const T>(b, h, i);
-      Vec<A> lanes = zero<A>();
-      A rest = 0;
-      int64_t c = 0;
-      if (p.out.stride[3] == 1 && g.dout.stride[3] == 1)
-        for (; c + w <= s.v_dim; c += w) lanes = fma(load(o + c), load(d + c), lanes);
-      for (; c < s.v_dim; ++c) rest += to_acc(o[c * p.out.stride[3]]) * to_acc(d[c * g.dout.stride[3]]);
-      const A dlse = g.dlse ? static_cast<const A*>(g.dlse)[r] : A(0);
-      static_cast<A*>(g.delta)[r] = hsum(lanes) + rest - dlse;
+  const int64_t rows = s.batch * s.q_heads * s.q_len;
+  parallel_static(rows, threads, [&](int64_t begin, int64_t end, int) {
+    for (int64_t first = begin; first < end; first += kAtOnce) {
+      const T *o[kAtOnce], *d[kAtOnce];
+      for (int k = 0; k < kAtOnce; ++k) {
+        const int64_t r = std::min(first + k, end - 1);
+        const int64_t b = r / s.q_len / s.q_heads, h = r / s.q_len % s.q_heads, i = r % s.q_len;
+        o[k] = p.out.at<const T>(b, h, i);
+        d[k] = g.dout.at<const T>(b, h, i);
+      }
+      A sum[kAtOnce] = {};
+      for (int64_t c = 0; c < s.v_dim; ++c)
+        unroll<kAtOnce>([&](auto k) {
+          sum[k] = fma(to_acc(o[k][c * p.out.stride[3]]), to_acc(d[k][c * g.dout.stride[3]]), sum[k]);
+        });
+      std::copy_n(sum, std::min<int64_t>(kAtOnce, end - first), static_cast<A*>(g.delta) + first);
     }
   });
 }
@@ -124,7 +129,7 @@ class Backward {
         tile.sum_rows(h, i, count, max, sum);
       }
       for (int r = 0; r < count; ++r)
-        if (large(lse[first + r])) again_[first + r] = {max[r], -std::log2(sum[r])};
+        if (large(lse[first + r])) again_[first + r] = {max[r], -std::log(sum[r])};
     });
   }
 
@@ -296,7 +301,11 @@ class Backward {
               tile.load_queries(h, i, rows);
               for (int r = 0; r < rows; ++r) {
                 double* row = total + (by_query ? (i + r - i0) * keys : 0);
-                for (int c = 0; c < n; ++c) row[by_key ? c : 0] += tile.dlogit(r)[c];
+                if (by_key) {
+                  for (int c = 0; c < n; ++c) row[c] += tile.dlogit(r)[c];
+                } else {
+                  row[0] += std::accumulate(tile.dlogit(r), tile.dlogit(r) + n, 0.0);
+                }
               }
             }
           }

@@ -1,7 +1,6 @@
 // Attention of few queries to many keys, bound by reading K and V: each KV head is read once for all
 // the queries of its group. Lanes run along head_dim in q . k and along v's columns in p . v.
 #pragma once
-#include <utility>
 #include <vector>
 
 #include "online_softmax.h"
@@ -9,22 +8,6 @@
 
 namespace fastattn {
 namespace {
-
-template <typename F, int... kIndex>
-FASTATTN_INLINE void unroll_indices(F&& f, std::integer_sequence<int, kIndex...>) {
-  (f(std::integral_constant<int, kIndex>{}), ...);
-}
-// f(0), f(1), ... with constant arguments, so that arrays indexed by them live in registers.
-template <int kCount, typename F>
-FASTATTN_INLINE void unroll(F&& f) {
-  unroll_indices(f, std::make_integer_sequence<int, kCount>{});
-}
-
-FASTATTN_INLINE void prefetch_bytes(const void* p, int64_t bytes) {
-#if defined(__GNUC__)
-  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(p) + at);
-#endif
-}
 
 template <typename T>
 class DecodeTile {

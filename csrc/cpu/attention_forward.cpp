@@ -78,6 +78,7 @@ class ForwardTile {
     if (begin >= end) return;
     const int panels = int(round_up(end - begin, kWide) / kWide), width = panels * kWide;
     const ptrdiff_t k_stride = ptrdiff_t(d_elems_) * kWide;
+    mod.prefetch(i + r0, rows, j + begin, end - begin);
     tile_matmul<Into::kStore, Compute>({q_ + ptrdiff_t(r0) * d_elems_, d_elems_, 1},
                                        {k_ + begin / kWide * k_stride, k_stride}, scores_,
                                        kKeyBlock, rows, panels, d_elems_);

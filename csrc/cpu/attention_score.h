@@ -3,41 +3,11 @@
 //   scale -> softcap -> ALiBi -> bias -> mask
 #pragma once
 #include "params.h"
-#include "philox.h"
+#include "random.h"
 #include "vec.h"
 
 namespace fastattn {
 namespace {
-
-// A row of the bias at (b, h, i), as the accumulation type; boolean: 0 where True, -inf where False.
-template <typename A>
-inline void load_bias_row(A* dst, const AttentionParams& p, int64_t b, int64_t h, int64_t i,
-                          int64_t j, int n) {
-  const int64_t at = b * p.bias.stride[0] + h * p.bias.stride[1] + i * p.bias.stride[2] +
-                     j * p.bias.stride[3];
-  const int64_t step = p.bias.stride[3];
-  constexpr int w = Vec<A>::kWidth;
-  const auto convert = [&](const auto* src) {
-    using T = std::decay_t<decltype(*src)>;
-    int c = 0;
-    if constexpr (std::is_same_v<Acc<T>, A>)
-      if (step == 1)
-        for (; c + w <= n; c += w) store(dst + c, load(src + c));
-    for (; c < n; ++c) dst[c] = A(to_acc(src[c * step]));
-  };
-  const char* data = static_cast<const char*>(p.bias.data);
-  switch (p.bias_dtype) {
-    case DType::kFloat32: return convert(reinterpret_cast<const float*>(data) + at);
-    case DType::kFloat64: return convert(reinterpret_cast<const double*>(data) + at);
-    case DType::kBFloat16: return convert(reinterpret_cast<const bf16*>(data) + at);
-    case DType::kFloat16: return convert(reinterpret_cast<const f16*>(data) + at);
-    case DType::kBool: {
-      constexpr A hidden = -std::numeric_limits<A>::infinity();
-      const uint8_t* src = reinterpret_cast<const uint8_t*>(data) + at;
-      for (int c = 0; c < n; ++c) dst[c] = src[c * step] ? A(0) : hidden;
-    }
-  }
-}
 
 // What turns scores into logits besides a plain scale and the mask.
 template <typename A>
@@ -51,9 +21,25 @@ struct ScoreMod {
     if (p.alibi_slopes) slope = *p.alibi_slopes.at<const A>(b, h, 0);
   }
 
+  int64_t offset(int64_t i, int64_t j) const {
+    return b * p.bias.stride[0] + h * p.bias.stride[1] + i * p.bias.stride[2] +
+           j * p.bias.stride[3];
+  }
+
   // Is there anything to do that the plain path, logits = scale * scores with scale > 0, leaves out?
   static bool needed(const AttentionParams& p) {
     return p.softcap != 0 || p.alibi_slopes || p.bias || !(p.scale > 0);
+  }
+
+  // Asks for the bias of queries [i, i + rows) and keys [j, j + n) to be brought near.
+  void prefetch(int64_t i, int rows, int64_t j, int n) const {
+    if (!p.bias || p.bias.stride[3] != 1) return;
+    const int64_t size = p.bias_dtype == DType::kFloat32   ? 4
+                         : p.bias_dtype == DType::kFloat64 ? 8
+                         : p.bias_dtype == DType::kBool    ? 1
+                                                           : 2;
+    for (int r = 0; r < rows; ++r)
+      prefetch_bytes(static_cast<const char*>(p.bias.data) + offset(i + r, j) * size, n * size);
   }
 
   // row[0..n): q_i . k_(j + c) -> logits, in natural units. n is padded to whole vectors; `scratch`
@@ -65,11 +51,16 @@ struct ScoreMod {
     const V scale = set1(A(p.scale)), one = set1(A(1));
     const bool capped = p.softcap != 0;
     const V cap = set1(A(p.softcap)), inv_cap = set1(capped ? A(1 / p.softcap) : A(0));
-    if (p.bias) {
-      load_bias_row(scratch, p, b, h, i, j, int(std::min<int64_t>(n, p.shape.k_len - j)));
-      for (int64_t c = p.shape.k_len - j; c < n; ++c) scratch[c] = 0;
+    // A bias of -inf hides also what is NaN or infinite.
+    const V hidden = set1(-std::numeric_limits<A>::infinity());
+    const auto hide = [&](V t, V x) { return select(equal(x, hidden), hidden, t + x); };
+    const A* bias = p.bias ? bias_row(scratch, i, j, n) : nullptr;
+    if (bias && !capped && !p.alibi_slopes) {  // by far the commonest
+      for (int c = 0; c < n; c += w) store(row + c, hide(load(row + c) * scale, load(bias + c)));
+      if constexpr (kWithSlope) std::fill_n(slope_out, n, A(p.scale));
+      return;
     }
-    const V minus_slope = set1(-slope), hidden = set1(-std::numeric_limits<A>::infinity());
+    const V minus_slope = set1(-slope);
     V distance = set1(A(j - i - p.mask.shift)) + iota<A>();
     for (int c = 0; c < n; c += w) {
       V t = load(row + c) * scale;
@@ -83,26 +74,56 @@ struct ScoreMod {
         t = fma(minus_slope, vabs(distance), t);
         distance = distance + set1(A(w));
       }
-      if (p.bias) {  // -inf hides also what is NaN or infinite
-        const V x = load(scratch + c);
-        t = select(equal(x, hidden), hidden, t + x);
-      }
+      if (bias) t = hide(t, load(bias + c));
       store(row + c, t);
       if constexpr (kWithSlope) store(slope_out + c, derivative);
     }
   }
+
+ private:
+  // n values of the bias from (i, j) on: where they lie, or converted to scratch; boolean: 0 where
+  // True, -inf where False; 0 beyond the last key.
+  const A* bias_row(A* scratch, int64_t i, int64_t j, int n) const {
+    constexpr int w = Vec<A>::kWidth;
+    const int64_t step = p.bias.stride[3];
+    const int live = int(std::min<int64_t>(n, p.shape.k_len - j));
+    const char* data = static_cast<const char*>(p.bias.data);
+    const auto convert = [&](const auto* src) -> const A* {
+      using T = std::decay_t<decltype(*src)>;
+      src += offset(i, j);
+      if constexpr (std::is_same_v<T, A>)
+        if (step == 1 && live == n) return src;
+      int c = 0;
+      if constexpr (std::is_same_v<Acc<T>, A>)
+        if (step == 1)
+          for (; c + w <= live; c += w) store(scratch + c, load(src + c));
+      for (; c < live; ++c) scratch[c] = A(to_acc(src[c * step]));
+      for (; c < n; ++c) scratch[c] = 0;
+      return scratch;
+    };
+    switch (p.bias_dtype) {
+      case DType::kFloat32: return convert(reinterpret_cast<const float*>(data));
+      case DType::kFloat64: return convert(reinterpret_cast<const double*>(data));
+      case DType::kBFloat16: return convert(reinterpret_cast<const bf16*>(data));
+      case DType::kFloat16: return convert(reinterpret_cast<const f16*>(data));
+      case DType::kBool: break;
+    }
+    constexpr A hidden = -std::numeric_limits<A>::infinity();
+    const uint8_t* src = reinterpret_cast<const uint8_t*>(data) + offset(i, j);
+    for (int c = 0; c < n; ++c) scratch[c] = c >= live || src[c * step] ? A(0) : hidden;
+    return scratch;
+  }
 };
 
+constexpr int words_for(int n) { return n + 8 + 4 * kGroupsAtOnce; }
+
 // row[0..n) *= keep / (1 - p), element (b, h, i, j + c): see csrc/common/philox.h. j need not be a
-// multiple of four; scratch holds round_up(n, 4) + 4 words.
+// multiple of four; scratch holds words_for(n) words.
 template <typename A>
 inline void drop_row(A* row, uint32_t* scratch, const Dropout& d, int64_t b, int64_t h, int64_t i,
                      int64_t j, int n) {
   const int64_t first = j >> 2, last = (j + n + 3) >> 2;
-  for (int64_t g = 0; g < last - first; ++g) {
-    const Philox r = Philox::at(d.seed, uint32_t(first + g), uint32_t(i), uint32_t(h), uint32_t(b));
-    for (int k = 0; k < 4; ++k) scratch[4 * g + k] = r.word[k];
-  }
+  random_words(scratch, d.seed, uint32_t(first), last - first, uint32_t(i), uint32_t(h), uint32_t(b));
   const uint32_t threshold = dropout_threshold(d.p);
   const A scale = d.p >= 1 ? A(0) : A(1 / (1 - d.p));
   const uint32_t* word = scratch + (j & 3);

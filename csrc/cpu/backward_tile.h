@@ -15,8 +15,8 @@ constexpr int kQueryBlock = 8 * kTileRows;
 template <typename A>
 constexpr int kKeyBlock = kTileRows == 6 && kPanel<A> == 16 ? 96 : 2 * kPanel<A>;
 
-// What turns a logit into its probability: exp2((logit - reference) * log2(e) + offset). Usually the
-// reference is lse and the offset 0; for a row made again, its maximum and -log2 of its sum.
+// What turns a logit into its probability: exp(logit - reference) * exp(offset). Usually the
+// reference is lse and the offset 0; for a row made again, its maximum and -log of its sum.
 template <typename A>
 struct RowScale {
   A reference, offset;
@@ -73,7 +73,7 @@ class BackwardTile {
         slope_(s.take<A>(kKeys)),
         bias_(s.take<A>(kKeys)),
         keep_(s.take<A>(kKeys)),
-        words_(s.take<uint32_t>(kKeys + 8)) {}
+        words_(s.take<uint32_t>(words_for(kKeys))) {}
 
   int d_cols() const { return d_cols_; }
   int dv_cols() const { return dv_cols_; }
@@ -192,7 +192,8 @@ class BackwardTile {
       A* dp = dprobs_ + ptrdiff_t(r) * kKeys;
       const A lse = static_cast<const A*>(p_.lse)[at + r];
       const A delta = static_cast<const A*>(g_.delta)[at + r];
-      row(s, dp, width, again_ ? again_[at + r] : RowScale<A>{lse, 0}, delta, r);
+      const A dlse = g_.dlse ? static_cast<const A*>(g_.dlse)[at + r] : A(0);
+      row(s, dp, width, again_ ? again_[at + r] : RowScale<A>{lse, 0}, delta, dlse, r);
       if (kDepth == 2 || p_.dropout.p > 0) {
         // Keys beyond the last must not reach the products as NaN.
         for (int c = n_; c < width; ++c) s[c] = dp[c] = 0;
@@ -203,39 +204,47 @@ class BackwardTile {
     if constexpr (kDepth == 2) narrow(width);
   }
 
-  void row(A* s, A* dp, int width, RowScale<A> to_p, A delta, int r) {
-    using V = Vec<A>;
-    constexpr int w = V::kWidth;
+  void row(A* s, A* dp, int width, RowScale<A> to_p, A delta, A dlse, int r) {
     constexpr A infinity = std::numeric_limits<A>::infinity();
-    // A row that sees no key has lse -inf, and p = 0. One that saw a NaN has lse NaN, and still p = 0
-    // where it sees nothing.
-    const A reference = to_p.reference == -infinity ? infinity : to_p.reference;
-    const bool spoilt = reference != reference;
+    if (to_p.reference == -infinity) to_p.reference = infinity;  // sees no key: p = 0
     const bool drops = p_.dropout.p > 0;
     if (drops && wanted_.ds()) {  // dp = drop(do . v)
       std::fill_n(keep_, width, A(1));
       drop_row(keep_, words_, p_.dropout, b_, h_, i_ + r, j_, n_);
+      for (int c = 0; c < n_; ++c) dp[c] *= keep_[c];
     }
-    A* dbias = wanted_.dbias ? g_.dbias.at<A>(b_, h_, i_ + r) + j_ : nullptr;
-    const V vdelta = set1(delta), scale = set1(A(p_.scale));
-    const V log2e = set1(A(kLog2E)), minus = set1(-reference), offset = set1(to_p.offset);
-    const V hidden = set1(-infinity);
-    const V factor = modified_ ? set1(A(1)) : scale;
+    // One that saw a NaN has lse NaN, and still p = 0 where it sees nothing.
+    const bool spoilt = to_p.reference != to_p.reference;
+    if (modified_ || spoilt || wanted_.dbias || wanted_.dlogit || !wanted_.ds())
+      row_loop<true>(s, dp, width, to_p, delta, dlse, r);
+    else
+      row_loop<false>(s, dp, width, to_p, delta, dlse, r);
+  }
+
+  template <bool kGeneral>
+  FASTATTN_INLINE void row_loop(A* s, A* dp, int width, RowScale<A> to_p, A delta, A dlse, int r) {
+    using V = Vec<A>;
+    constexpr int w = V::kWidth;
+    A* dbias = kGeneral && wanted_.dbias ? g_.dbias.at<A>(b_, h_, i_ + r) + j_ : nullptr;
+    const V vdelta = set1(delta), vdlse = set1(dlse), scale = set1(A(p_.scale));
+    const V reference = set1(to_p.reference), offset = set1(to_p.offset);
+    const V hidden = set1(-std::numeric_limits<A>::infinity());
+    const V factor = kGeneral && modified_ ? set1(A(1)) : scale;
     for (int c = 0; c < width; c += w) {
-      // The difference is taken before it is scaled to log2: rounding lse * log2(e) would show.
-      const V logit = load(s + c);
-      V p = exp2(fma(fma(logit, factor, minus), log2e, offset));
-      if (spoilt) p = select(equal(logit, hidden), zero<A>(), p);
+      // The logit is rounded as it was for lse.
+      const V logit = load(s + c) * factor;
+      V p = exp_below((logit - reference) + offset);
+      if (kGeneral) p = select(equal(logit, hidden), zero<A>(), p);
       store(s + c, p);
-      if (!wanted_.ds()) continue;
-      V g = load(dp + c);
-      if (drops) g = g * load(keep_ + c);
+      if (kGeneral && !wanted_.ds()) continue;
+      V g = p * ((load(dp + c) - vdelta) + vdlse);
+      if (dbias) store_n(dbias + c, select(equal(p, zero<A>()), zero<A>(), g), std::min(w, n_ - c));
+      if (!kGeneral)
+        g = g * scale;
+      else if (!wanted_.dlogit)
+        g = g * (modified_ ? load(slope_ + c) : scale);
       // Where p is 0, so is the gradient, whatever do . v is.
-      g = select(equal(p, zero<A>()), zero<A>(), p * (g - vdelta));
-      if (dbias) store_n(dbias + c, g, std::min(w, n_ - c));
-      if (!wanted_.dlogit)
-        g = modified_ ? select(equal(p, zero<A>()), zero<A>(), g * load(slope_ + c)) : g * scale;
-      store(dp + c, g);
+      store(dp + c, select(equal(p, zero<A>()), zero<A>(), g));
     }
   }
 

@@ -1,6 +1,8 @@
 // The online softmax (Milakov and Gimelshein, 2018) of a tile of queries: a running maximum and sum
 // of each row; what was accumulated so far is rescaled by exp(max_before - max) at each new block.
 #pragma once
+#include <cstddef>
+
 #include "attention_score.h"
 #include "scratch.h"
 
@@ -19,7 +21,7 @@ FASTATTN_INLINE Vec<A> reduce_rows(const A* rows, const Reduce& reduce) {
 }
 
 // Maxima are kept as scores, scaled or not, and a score's difference to them is taken before it is
-// scaled to log2: the greatest itself must come out as exactly 0, also where a rounding is worth
+// scaled: the greatest itself must come out as exactly 0, also where a rounding is worth
 // thousands, and biases near the largest float must not overflow.
 template <typename A>
 class OnlineSoftmax {
@@ -40,7 +42,7 @@ class OnlineSoftmax {
         reference_(scratch.take<A>(block_rows + w)),
         lanes_(scratch.take<A>((block_rows + w) * w)),
         bias_(scratch.take<A>(max_keys + w)),
-        words_(scratch.take<uint32_t>(max_keys + 8)),
+        words_(scratch.take<uint32_t>(words_for(max_keys))),
         visible_(scratch.take<bool>(block_rows * max_keys)) {}
 
   void start(int rows) {
@@ -75,7 +77,7 @@ class OnlineSoftmax {
     }
     update_max(r0, rows);
 
-    const V factor = set1(to_log2());
+    const V factor = set1(exp_factor());
     const bool convert_later = mark || p_.dropout.p > 0;
     for (int r = 0; r < rows; ++r) {
       A* row = scores + ptrdiff_t(r) * score_row;
@@ -101,26 +103,28 @@ class OnlineSoftmax {
 
   // What the results of row r0, ... before the last block() are to be multiplied by.
   const A* factors(int r0) const { return factor_ + r0; }
-  // The maximum of the logits. In double: a rounding here would shift lse, and with it every
-  // probability that the backward makes of it.
-  double max(int r) const { return modified_ ? double(max_[r]) : max_[r] * p_.scale; }
+  // The maximum of the logits: an exact product, so that lse is rounded once, and where one key
+  // takes all is rounded to the very logit of the backward, whose probability is then exactly 1.
+  double max(int r) const {
+    return modified_ ? double(max_[r]) : double(max_[r]) * double(A(p_.scale));
+  }
   A sum(int r) const { return sum_[r]; }  // of exp(logit - max)
 
  private:
-  A to_log2() const { return modified_ ? A(kLog2E) : A(p_.scale * kLog2E); }
+  A exp_factor() const { return modified_ ? kExpUnit<A> : A(p_.scale * kExpUnit<A>); }
   template <typename P, typename Exponent>
   static FASTATTN_INLINE V exponentiate(const A* row, P* out, int width, const Exponent& exponent) {
     V even = zero<A>(), odd = zero<A>();
     int c = 0;
     for (; c + 2 * w <= width; c += 2 * w) {
-      const V p = exp2_below(exponent(load(row + c))), q = exp2_below(exponent(load(row + c + w)));
+      const V p = exp_units(exponent(load(row + c))), q = exp_units(exponent(load(row + c + w)));
       even = even + p;
       odd = odd + q;
       store(out + c, p);
       store(out + c + w, q);
     }
     for (; c < width; c += w) {
-      const V p = exp2_below(exponent(load(row + c)));
+      const V p = exp_units(exponent(load(row + c)));
       even = even + p;
       store(out + c, p);
     }
@@ -129,7 +133,7 @@ class OnlineSoftmax {
 
   // Rows beyond the last are carried along as garbage in the padding, and overwritten later.
   void update_max(int r0, int rows) {
-    const V hidden = set1(kHidden), factor = set1(to_log2());
+    const V hidden = set1(kHidden), factor = set1(exp_factor());
     for (int r = 0; r < rows; r += w) {
       const int live = std::min(w, rows - r);
       const V block = reduce_rows(lanes_ + r * w, [](V a, V b) { return vmax(a, b); });
@@ -138,7 +142,7 @@ class OnlineSoftmax {
       // No change, also from -inf to -inf: a factor of 1.
       const V step = select(equal(now, before), zero<A>(), (before - now) * factor);
       store_n(max_ + r0 + r, now, live);
-      store_n(factor_ + r0 + r, exp2_below(step), live);
+      store_n(factor_ + r0 + r, exp_units(step), live);
       // A row that has seen nothing yet is all -inf: any finite reference turns it into zeros.
       store(reference_ + r, select(equal(now, hidden), zero<A>(), now));
     }

@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include <immintrin.h>
@@ -163,10 +164,20 @@ FASTATTN_BINARY(operator/, a.lane[i] / b.lane[i])
 FASTATTN_BINARY(vmax, a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i])
 FASTATTN_BINARY(vmin, a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i])
 #undef FASTATTN_BINARY
+// a * b + c as the vectors do it: with one rounding where the instruction set has it. Nothing else is
+// ever fused (setup.py: -ffp-contract=off), so that a product rounds alike wherever it is made.
+template <typename A>
+FASTATTN_INLINE A fma(A a, A b, A c) {
+#if defined(FASTATTN_X86_VECTORS) || defined(__aarch64__)
+  return std::fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
 template <typename A>
 FASTATTN_INLINE Vec<A> fma(Vec<A> a, Vec<A> b, Vec<A> c) {
   Vec<A> r;
-  FASTATTN_LANES r.lane[i] = a.lane[i] * b.lane[i] + c.lane[i];
+  FASTATTN_LANES r.lane[i] = fma(a.lane[i], b.lane[i], c.lane[i]);
   return r;
 }
 template <typename A>
@@ -218,7 +229,7 @@ FASTATTN_INLINE void transpose(Vec<A> (&r)[Vec<A>::kWidth]) {
     r[j].lane[i] = x;
   }
 }
-// 2^x, to 2e-7 in float; below the smallest normal 0 or a subnormal, inf above the largest, NaN for
+// 2^x, to 1e-7 in float; below the smallest normal 0 or a subnormal, inf above the largest, NaN for
 // NaN. exp2_below is for x < 128, or NaN: a little faster.
 FASTATTN_INLINE Vec<double> exp2(Vec<double> x) {
   for (int i = 0; i < Vec<double>::kWidth; ++i) x.lane[i] = std::exp2(x.lane[i]);
@@ -239,22 +250,21 @@ FASTATTN_INLINE Vec<double> exp2_below(Vec<double> x) { return exp2(x); }
 // grow by n. Adding 1.5 * 2^23 rounds to n and leaves n in the low bits. x is first raised to
 // -127, where the exponent bits become those of exactly 0. exp2_below leaves out the bound above.
 constexpr float kRoundMagic = 12582912.0f;
-// The polynomial for 2^f on [-1/2, 1/2]: minimax with 2^0 = 1 exact, relative error 1e-7.
-constexpr float kExp2Poly[5] = {0.693147f, 0.24022242f, 0.055507336f, 0.009671513f, 0.0013264727f};
+// The polynomial for 2^f on [-1/2, 1/2]: minimax with 2^0 = 1 exact, relative error 2e-9. One degree
+// less would do for softmax (1e-7), but shows in gradients beside libm's exp.
+constexpr float kExp2Poly[6] = {0.6931472f,   0.24022648f,   0.055503324f,
+                                0.009618437f, 0.0013398874f, 0.00015353362f};
 
 #if !defined(FASTATTN_X86_VECTORS) && !(defined(__ARM_NEON) && defined(__aarch64__))
-FASTATTN_INLINE Vec<float> exp2_below(Vec<float> x) {
+FASTATTN_INLINE Vec<float> exp2_parts(Vec<float> rounded, Vec<float> f) {
   for (int i = 0; i < Vec<float>::kWidth; ++i) {
-    const float c = x.lane[i] < -127.0f ? -127.0f : x.lane[i];
-    const float rounded = c + kRoundMagic, f = c - (rounded - kRoundMagic);
-    float p = kExp2Poly[4];
-    for (int k = 3; k >= 0; --k) p = p * f + kExp2Poly[k];
-    p = p * f + 1.0f;
-    x.lane[i] = bits_to_float(float_to_bits(p) + (float_to_bits(rounded) << 23));
+    float p = kExp2Poly[5];
+    for (int k = 4; k >= 0; --k) p = fma(p, f.lane[i], kExp2Poly[k]);
+    p = fma(p, f.lane[i], 1.0f);
+    f.lane[i] = bits_to_float(float_to_bits(p) + (float_to_bits(rounded.lane[i]) << 23));
   }
-  return x;
+  return f;
 }
-FASTATTN_INLINE Vec<float> exp2(Vec<float> x) { return exp2_below(vmin(set1(128.0f), x)); }
 #endif
 
 #if defined(FASTATTN_X86_VECTORS) && !defined(__AVX512F__)
@@ -391,20 +401,12 @@ FASTATTN_INLINE float hmax_any(VecF a) {
   r = _mm_max_ps(r, _mm_movehl_ps(r, r));
   return _mm_cvtss_f32(_mm_max_ss(r, _mm_movehdup_ps(r)));
 }
-FASTATTN_INLINE VecF exp2_below(VecF x) {
-  const __m256 magic = _mm256_set1_ps(kRoundMagic);
-  const __m256 c = _mm256_max_ps(_mm256_set1_ps(-127.0f), x.v);
-  const __m256 rounded = _mm256_add_ps(c, magic);
-  const __m256 f = _mm256_sub_ps(c, _mm256_sub_ps(rounded, magic));
-  __m256 p = _mm256_set1_ps(kExp2Poly[4]);
-  for (int k = 3; k >= 0; --k) p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(kExp2Poly[k]));
-  p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(1.0f));
-  const __m256i shift = _mm256_slli_epi32(_mm256_castps_si256(rounded), 23);
+FASTATTN_INLINE VecF exp2_parts(VecF rounded, VecF f) {
+  __m256 p = _mm256_set1_ps(kExp2Poly[5]);
+  for (int k = 4; k >= 0; --k) p = _mm256_fmadd_ps(p, f.v, _mm256_set1_ps(kExp2Poly[k]));
+  p = _mm256_fmadd_ps(p, f.v, _mm256_set1_ps(1.0f));
+  const __m256i shift = _mm256_slli_epi32(_mm256_castps_si256(rounded.v), 23);
   return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), shift))};
-}
-FASTATTN_INLINE VecF exp2(VecF x) {
-  // The bound comes first: NaN passes through.
-  return exp2_below(VecF{_mm256_min_ps(_mm256_set1_ps(128.0f), x.v)});
 }
 #elif defined(FASTATTN_X86_VECTORS)
 // ---- AVX-512 F, BW, DQ, VL ------------------------------------------------------------------------
@@ -547,19 +549,12 @@ FASTATTN_INLINE void transpose(VecF (&r)[16]) {
   }
 }
 FASTATTN_INLINE float hmax_any(VecF a) { return _mm512_reduce_max_ps(a.v); }
-FASTATTN_INLINE VecF exp2_below(VecF x) {
-  const __m512 magic = _mm512_set1_ps(kRoundMagic);
-  const __m512 c = _mm512_max_ps(_mm512_set1_ps(-127.0f), x.v);
-  const __m512 rounded = _mm512_add_ps(c, magic);
-  const __m512 f = _mm512_sub_ps(c, _mm512_sub_ps(rounded, magic));
-  __m512 p = _mm512_set1_ps(kExp2Poly[4]);
-  for (int k = 3; k >= 0; --k) p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(kExp2Poly[k]));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
-  const __m512i shift = _mm512_slli_epi32(_mm512_castps_si512(rounded), 23);
+FASTATTN_INLINE VecF exp2_parts(VecF rounded, VecF f) {
+  __m512 p = _mm512_set1_ps(kExp2Poly[5]);
+  for (int k = 4; k >= 0; --k) p = _mm512_fmadd_ps(p, f.v, _mm512_set1_ps(kExp2Poly[k]));
+  p = _mm512_fmadd_ps(p, f.v, _mm512_set1_ps(1.0f));
+  const __m512i shift = _mm512_slli_epi32(_mm512_castps_si512(rounded.v), 23);
   return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), shift))};
-}
-FASTATTN_INLINE VecF exp2(VecF x) {
-  return exp2_below(VecF{_mm512_min_ps(_mm512_set1_ps(128.0f), x.v)});
 }
 #elif defined(__ARM_NEON) && defined(__aarch64__)
 // ---- Arm NEON (AArch64) ---------------------------------------------------------------------------
@@ -647,18 +642,13 @@ FASTATTN_INLINE void transpose(VecF (&r)[4]) {
   r[3].v = vcombine_f32(vget_high_f32(a.val[1]), vget_high_f32(b.val[1]));
 }
 FASTATTN_INLINE float hmax_any(VecF a) { return vmaxvq_f32(a.v); }
-FASTATTN_INLINE VecF exp2_below(VecF x) {
-  const float32x4_t magic = vdupq_n_f32(kRoundMagic);
-  const float32x4_t c = vmax(set1(-127.0f), x).v;
-  const float32x4_t rounded = vaddq_f32(c, magic);
-  const float32x4_t f = vsubq_f32(c, vsubq_f32(rounded, magic));
-  float32x4_t p = vdupq_n_f32(kExp2Poly[4]);
-  for (int k = 3; k >= 0; --k) p = vfmaq_f32(vdupq_n_f32(kExp2Poly[k]), p, f);
-  p = vfmaq_f32(vdupq_n_f32(1.0f), p, f);
-  const int32x4_t shift = vshlq_n_s32(vreinterpretq_s32_f32(rounded), 23);
+FASTATTN_INLINE VecF exp2_parts(VecF rounded, VecF f) {
+  float32x4_t p = vdupq_n_f32(kExp2Poly[5]);
+  for (int k = 4; k >= 0; --k) p = vfmaq_f32(vdupq_n_f32(kExp2Poly[k]), p, f.v);
+  p = vfmaq_f32(vdupq_n_f32(1.0f), p, f.v);
+  const int32x4_t shift = vshlq_n_s32(vreinterpretq_s32_f32(rounded.v), 23);
   return {vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(p), shift))};
 }
-FASTATTN_INLINE VecF exp2(VecF x) { return exp2_below(vmin(set1(128.0f), x)); }
 #endif
 
 #if defined(FASTATTN_X86_VECTORS) || (defined(__ARM_NEON) && defined(__aarch64__))
@@ -681,6 +671,83 @@ FASTATTN_INLINE void prefetch(const void* p) {
 #endif
 }
 
+// ---- 64-bit lanes whose low halves hold random words (philox.h): the products of Philox are 64 bits
+struct Vec64 {
+#if defined(FASTATTN_X86_VECTORS) && defined(__AVX512F__)
+  static constexpr int kWidth = 8;
+  __m512i v;
+#elif defined(FASTATTN_X86_VECTORS)
+  static constexpr int kWidth = 4;
+  __m256i v;
+#else
+  static constexpr int kWidth = 4;
+  uint64_t lane[4];
+#endif
+};
+
+#if defined(FASTATTN_X86_VECTORS) && defined(__AVX512F__)
+FASTATTN_INLINE Vec64 splat64(uint32_t x) { return {_mm512_set1_epi64(x)}; }
+FASTATTN_INLINE Vec64 iota64() { return {_mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7)}; }
+FASTATTN_INLINE Vec64 add64(Vec64 a, Vec64 b) { return {_mm512_add_epi64(a.v, b.v)}; }
+FASTATTN_INLINE Vec64 xor64(Vec64 a, Vec64 b) { return {_mm512_xor_si512(a.v, b.v)}; }
+FASTATTN_INLINE Vec64 high64(Vec64 a) { return {_mm512_srli_epi64(a.v, 32)}; }
+FASTATTN_INLINE Vec64 multiply_low(Vec64 a, Vec64 b) { return {_mm512_mul_epu32(a.v, b.v)}; }
+FASTATTN_INLINE void store_words(uint32_t* dst, Vec64 a, Vec64 b, Vec64 c, Vec64 d) {
+  const __mmask16 odd = 0xaaaa;
+  const __m512i ab = _mm512_mask_shuffle_epi32(a.v, odd, b.v, _MM_PERM_CCAA);
+  const __m512i cd = _mm512_mask_shuffle_epi32(c.v, odd, d.v, _MM_PERM_CCAA);
+  const __m512i even_groups = _mm512_unpacklo_epi64(ab, cd), odd_groups = _mm512_unpackhi_epi64(ab, cd);
+  const __m512i lo = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+  const __m512i hi = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+  _mm512_storeu_si512(dst, _mm512_permutex2var_epi64(even_groups, lo, odd_groups));
+  _mm512_storeu_si512(dst + 16, _mm512_permutex2var_epi64(even_groups, hi, odd_groups));
+}
+#elif defined(FASTATTN_X86_VECTORS)
+FASTATTN_INLINE Vec64 splat64(uint32_t x) { return {_mm256_set1_epi64x(x)}; }
+FASTATTN_INLINE Vec64 iota64() { return {_mm256_setr_epi64x(0, 1, 2, 3)}; }
+FASTATTN_INLINE Vec64 add64(Vec64 a, Vec64 b) { return {_mm256_add_epi64(a.v, b.v)}; }
+FASTATTN_INLINE Vec64 xor64(Vec64 a, Vec64 b) { return {_mm256_xor_si256(a.v, b.v)}; }
+FASTATTN_INLINE Vec64 high64(Vec64 a) { return {_mm256_srli_epi64(a.v, 32)}; }
+FASTATTN_INLINE Vec64 multiply_low(Vec64 a, Vec64 b) { return {_mm256_mul_epu32(a.v, b.v)}; }
+FASTATTN_INLINE void store_words(uint32_t* dst, Vec64 a, Vec64 b, Vec64 c, Vec64 d) {
+  const __m256i ab = _mm256_blend_epi32(a.v, _mm256_slli_epi64(b.v, 32), 0xaa);
+  const __m256i cd = _mm256_blend_epi32(c.v, _mm256_slli_epi64(d.v, 32), 0xaa);
+  const __m256i even_groups = _mm256_unpacklo_epi64(ab, cd), odd_groups = _mm256_unpackhi_epi64(ab, cd);
+  _mm256_storeu_si256((__m256i*)dst, _mm256_permute2x128_si256(even_groups, odd_groups, 0x20));
+  _mm256_storeu_si256((__m256i*)(dst + 8), _mm256_permute2x128_si256(even_groups, odd_groups, 0x31));
+}
+#else
+#define FASTATTN_BINARY64(name, expression)                                 \
+  FASTATTN_INLINE Vec64 name(Vec64 a, Vec64 b) {                            \
+    for (int i = 0; i < Vec64::kWidth; ++i) a.lane[i] = expression;         \
+    return a;                                                               \
+  }
+FASTATTN_BINARY64(add64, a.lane[i] + b.lane[i])
+FASTATTN_BINARY64(xor64, a.lane[i] ^ b.lane[i])
+FASTATTN_BINARY64(multiply_low, (a.lane[i] & 0xffffffffu) * (b.lane[i] & 0xffffffffu))
+#undef FASTATTN_BINARY64
+FASTATTN_INLINE Vec64 splat64(uint32_t x) { return {{x, x, x, x}}; }
+FASTATTN_INLINE Vec64 iota64() { return {{0, 1, 2, 3}}; }
+FASTATTN_INLINE Vec64 high64(Vec64 a) {
+  for (uint64_t& x : a.lane) x >>= 32;
+  return a;
+}
+FASTATTN_INLINE void store_words(uint32_t* dst, Vec64 a, Vec64 b, Vec64 c, Vec64 d) {
+  for (int i = 0; i < Vec64::kWidth; ++i, dst += 4) {
+    dst[0] = uint32_t(a.lane[i]);
+    dst[1] = uint32_t(b.lane[i]);
+    dst[2] = uint32_t(c.lane[i]);
+    dst[3] = uint32_t(d.lane[i]);
+  }
+}
+#endif
+
+FASTATTN_INLINE void prefetch_bytes(const void* p, int64_t bytes) {
+#if defined(__GNUC__)
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(p) + at);
+#endif
+}
+
 // The least that keeps streaming stores ordered before the caller's next synchronisation.
 FASTATTN_INLINE void stream_fence() {
 #if defined(__SSE2__) || defined(_M_X64)
@@ -690,7 +757,47 @@ FASTATTN_INLINE void stream_fence() {
 
 // ---- built on the interface above -------------------------------------------------------------
 
-constexpr double kLog2E = 1.44269504088896340736, kLn2 = 0.69314718055994530942;
+template <typename F, int... kIndex>
+FASTATTN_INLINE void unroll_indices(F&& f, std::integer_sequence<int, kIndex...>) {
+  (f(std::integral_constant<int, kIndex>{}), ...);
+}
+// f(0), f(1), ... with constant arguments, so that arrays indexed by them live in registers.
+template <int kCount, typename F>
+FASTATTN_INLINE void unroll(F&& f) {
+  unroll_indices(f, std::make_integer_sequence<int, kCount>{});
+}
+
+constexpr double kLog2E = 1.44269504088896340736;
+
+FASTATTN_INLINE Vec<float> exp2_below(Vec<float> x) {
+  const Vec<float> magic = set1(kRoundMagic), c = vmax(set1(-127.0f), x);  // NaN passes through
+  const Vec<float> rounded = c + magic;
+  return exp2_parts(rounded, c - (rounded - magic));
+}
+FASTATTN_INLINE Vec<float> exp2(Vec<float> x) { return exp2_below(vmin(set1(128.0f), x)); }
+
+// e^x for x < 88, or NaN, to 1e-7 whatever the size of x: no product is rounded on the way, as
+// exp2(x * log2(e)) rounds one. For gradients, where that shows beside libm.
+FASTATTN_INLINE Vec<float> exp_below(Vec<float> x) {
+  const Vec<float> magic = set1(kRoundMagic), high = set1(float(kLog2E));
+  const Vec<float> low = set1(float(kLog2E - float(kLog2E)));
+  const Vec<float> rounded = fma(x, high, magic);
+  const Vec<float> f = fma(x, low, fma(x, high, magic - rounded));
+  return select(less(x, set1(-87.0f)), zero<float>(), exp2_parts(rounded, f));
+}
+FASTATTN_INLINE Vec<double> exp_below(Vec<double> x) {
+  for (int i = 0; i < Vec<double>::kWidth; ++i) x.lane[i] = std::exp(x.lane[i]);
+  return x;
+}
+
+// e^x, given x times kExpUnit: float counts exponents in units of log2, which its exp2 wants;
+// double takes them as they are, and loses no bit to the conversion.
+template <typename A>
+constexpr A kExpUnit = A(kLog2E);
+template <>
+constexpr double kExpUnit<double> = 1.0;
+FASTATTN_INLINE Vec<float> exp_units(Vec<float> x) { return exp2_below(x); }
+FASTATTN_INLINE Vec<double> exp_units(Vec<double> x) { return exp_below(x); }
 
 FASTATTN_INLINE Vec<double> vtanh(Vec<double> x) {
   for (int i = 0; i < Vec<double>::kWidth; ++i) x.lane[i] = std::tanh(x.lane[i]);

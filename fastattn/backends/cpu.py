@@ -43,7 +43,9 @@ def load_extension() -> tuple[ModuleType | None, str, str]:
 
     if built:
         # Only the plainest module may be imported before it is known what this processor runs.
-        usable = importlib.import_module(f"fastattn._cpu_{max(built, key=ISAS.index)}").usable_isas()
+        usable = importlib.import_module(
+            f"fastattn._cpu_{max(built, key=ISAS.index)}"
+        ).usable_isas()
         for isa in [wanted] if wanted else [isa for isa in ISAS if isa in built]:
             if isa in usable:
                 return importlib.import_module(f"fastattn._cpu_{isa}"), isa, ""
@@ -95,10 +97,13 @@ class CpuBackend(RowKernels, Backend):
             new(tensor) if need else None
             for tensor, need in zip((call.q, call.k, call.v), needs, strict=False)
         )
-        dbias = None
-        if needs[3]:
-            shape = [size if step else 1 for size, step in zip(bias.shape, bias.stride(), strict=True)]
+        dbias = dbias_view = None
+        if bias is not None and needs[3]:
+            shape = [
+                size if step else 1 for size, step in zip(bias.shape, bias.stride(), strict=True)
+            ]
             dbias = lse.new_zeros(shape)  # zeros: whole tiles may be masked
+            dbias_view = broadcast_view(dbias, bias)
         delta = torch.empty_like(lse)
         if dlse is not None:
             dlse = dlse.to(lse.dtype).contiguous()
@@ -111,17 +116,20 @@ class CpuBackend(RowKernels, Backend):
                 None if dq is None else view(dq),
                 None if dk is None else view(dk),
                 None if dv is None else view(dv),
-                None if dbias is None else broadcast_view(dbias, bias),
+                dbias_view,
             ),
         )
         dsinks = None
-        if needs[4]:
+        if sinks is not None and needs[4]:
             # The sink's probability is exp(sink - lse); its value is zero, so its dp is too.
             # One number gathers from every row: in float64, as the sum of many like the parts.
             share = torch.exp(sinks.double()[:, None] - lse.double())
             share = share.masked_fill(lse == -math.inf, 0.0)
-            dsinks = -(share * delta).sum((0, 2)).to(sinks.dtype)
-        return dq, dk, dv, None if dbias is None else dbias.to(bias.dtype), dsinks
+            dlogit = share * (delta if dlse is None else delta - dlse)
+            dsinks = -dlogit.sum((0, 2)).to(sinks.dtype)
+        if bias is not None and dbias is not None:
+            dbias = dbias.to(bias.dtype)
+        return dq, dk, dv, dbias, dsinks
 
 
 def view(tensor: Tensor) -> tuple[int, ...]:

@@ -41,8 +41,8 @@ class RowKernels:
         mean = None if call.rms else torch.empty(rows, dtype=statistics)
         rstd = torch.empty(rows, dtype=statistics)
         if rows:
-            shape, held, views = _rows(width, x, residual)
-            held_too, sizes, addresses = _weights(call, shape, mean, rstd)
+            shape, _held, views = _rows(width, x, residual)
+            _held_too, sizes, addresses = _weights(call, shape, mean, rstd)
             outputs = (y.data_ptr(), 0 if new_residual is None else new_residual.data_ptr())
             dropped = _dropout(call)
             self.module.layer_norm_forward(sizes, *views, addresses, call.eps, dropped, outputs)
@@ -65,9 +65,9 @@ class RowKernels:
             for x, need in zip(like, needs, strict=True)
         )
         if rows:
-            shape, held, views = _rows(call.width, source, dy, dnew_residual)
+            shape, _held, views = _rows(call.width, source, dy, dnew_residual)
             source_view, dy_view, dnew_view = views
-            held_too, sizes, addresses = _weights(call, shape, mean, rstd)
+            _held_too, sizes, addresses = _weights(call, shape, mean, rstd)
             outputs = tuple(0 if dx is None else dx.data_ptr() for dx in grads)
             self.module.layer_norm_backward(
                 sizes, source_view, addresses, _dropout(call), dy_view, dnew_view, outputs
@@ -83,7 +83,7 @@ class RowKernels:
         y = _empty(x) if call.dtype is x.dtype else torch.empty(x.shape, dtype=call.dtype)
         if not x.numel():
             return y
-        shape, held, (view,), mask = _columns(call.dim, (x,), call.mask)
+        shape, _held, (view,), mask = _columns(call.dim, (x,), call.mask)
         codes = DTYPES[x.dtype], DTYPES[call.dtype]
         sizes = (*shape, *codes, call.log, torch.get_num_threads())
         self.module.softmax_forward(sizes, view, mask, call.scale, y.data_ptr())
@@ -95,7 +95,7 @@ class RowKernels:
         dx = _empty(y) if x_dtype is y.dtype else torch.empty(y.shape, dtype=x_dtype)
         if not y.numel():
             return dx
-        shape, held, (y_view, dy_view), _ = _columns(dim, (y, dy))
+        shape, _held, (y_view, dy_view), _ = _columns(dim, (y, dy))
         codes = DTYPES[x_dtype], DTYPES[y.dtype]
         sizes = (*shape, *codes, log, torch.get_num_threads())
         self.module.softmax_backward(sizes, y_view, dy_view, scale, dx.data_ptr())
@@ -166,8 +166,9 @@ def _columns(dim: int, tensors: tuple[Tensor, ...], mask: Tensor | None = None) 
     tensors of one shape, seen as rows x width x inner columns."""
     shape = tensors[0].shape
     width, inner = shape[dim], prod(shape[dim + 1 :])
+    views: list[tuple[int, ...]] = []
     if mask is None:
-        step, views = width * inner, []
+        step = width * inner
         for x in tensors:
             if not x.is_contiguous():
                 break
@@ -179,7 +180,9 @@ def _columns(dim: int, tensors: tuple[Tensor, ...], mask: Tensor | None = None) 
     held = [x if _dense(x, adjacent) else x.contiguous() for x in tensors]
     mask_inner = 1
     if mask is not None:
-        if not any(s for n, s in zip(shape[dim + 1 :], mask.stride()[dim + 1 :]) if n > 1):
+        if not any(
+            s for n, s in zip(shape[dim + 1 :], mask.stride()[dim + 1 :], strict=True) if n > 1
+        ):
             mask_inner = 0
         elif not _dense(mask, dim + 1):
             mask = mask.contiguous()

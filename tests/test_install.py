@@ -1,0 +1,176 @@
+"""The package as pip builds it from these sources: with a compiler, without one, and at import."""
+
+import email.parser
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import fastattn
+
+ROOT = Path(__file__).parents[1]
+PLAINEST = "neon" if platform.machine().lower() in ("aarch64", "arm64") else "baseline"
+LEFT_OUT = (".*", "build", "dist", "*.egg-info", "__pycache__", "*.so", "*.pyd", "_build_info.py")
+
+pytestmark = pytest.mark.skipif(
+    not Path(ROOT, "setup.py").exists(), reason="needs the sources beside the tests"
+)
+
+USE_EVERYTHING = """
+import fastattn, torch
+q, k, v = (torch.randn(1, 2, 5, 8, requires_grad=True) for _ in range(3))
+fastattn.attention(q, k, v, causal=True).sum().backward()
+fastattn.scaled_dot_product_attention(q, k, v)
+fastattn.layer_norm(q, (8,)).sum().backward()
+fastattn.add_rms_norm(q, k, (8,))
+fastattn.softmax(q).sum().backward()
+assert all(x.grad.isfinite().all() for x in (q, k, v))
+print(fastattn.__file__)
+print(fastattn.explain(q, k, v))
+"""
+
+
+def run_python(code, cwd, **environment):
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def build(hook, sources, out, **environment):
+    """What pip and `build` call; in a Python in which torch cannot be imported."""
+    out.mkdir()
+    code = f"""
+import sys
+sys.modules["torch"] = None
+from setuptools import build_meta
+build_meta.{hook}({str(out)!r})
+"""
+    run_python(code, sources, **environment)
+    (result,) = out.iterdir()
+    return result
+
+
+def unpack(wheel, folder):
+    """A pure unzip is all that pip does with a wheel's modules."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sources")
+    shutil.copytree(ROOT, folder / "tree", ignore=shutil.ignore_patterns(*LEFT_OUT))
+    return build("build_sdist", folder / "tree", folder / "out")
+
+
+@pytest.fixture
+def sources(sdist, tmp_path):
+    """The unpacked sdist: whoever builds from it has nothing else."""
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path)
+    return tmp_path / sdist.name.removesuffix(".tar.gz")
+
+
+@pytest.fixture(scope="module")
+def without_compiler(sdist, tmp_path_factory):
+    """(wheel, folder with the package), built where CC and CXX lead nowhere."""
+    folder = tmp_path_factory.mktemp("without_compiler")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder)
+    sources = folder / sdist.name.removesuffix(".tar.gz")
+    wheel = build("build_wheel", sources, folder / "out", CC="/nonexistent", CXX="/nonexistent")
+    return wheel, unpack(wheel, folder / "package")
+
+
+def test_sdist_has_every_source(sdist):
+    with tarfile.open(sdist) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    wanted = [
+        *ROOT.glob("csrc/**/*.h"),
+        *ROOT.glob("csrc/**/*.cpp"),
+        *ROOT.glob("fastattn/**/*.py"),
+    ]
+    wanted = {path.relative_to(ROOT).as_posix() for path in wanted} - {"fastattn/_build_info.py"}
+    assert len(wanted) > 50
+    assert wanted <= held
+    assert {"pyproject.toml", "setup.py", "README.md", "LICENSE", "fastattn/py.typed"} <= held
+    assert not [name for name in held if name.endswith((".so", ".pyd", "_build_info.py"))]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    sys.platform != "win32" and not shutil.which(os.environ.get("CXX", "c++")),
+    reason="needs a C++ compiler",
+)
+def test_a_wheel_from_the_sdist_brings_the_kernels(sources, tmp_path):
+    wheel = build("build_wheel", sources, tmp_path / "out", FASTATTN_BUILD_ISAS=PLAINEST)
+    package = unpack(wheel, tmp_path / "package")
+    assert list(package.glob(f"fastattn/_cpu_{PLAINEST}.*"))
+    assert not list(package.glob("**/*.cpp"))
+    said = run_python(USE_EVERYTHING, tmp_path, PYTHONPATH=str(package), FASTATTN_CPU_ISA=PLAINEST)
+    assert said.startswith(str(package))
+    assert f"cpu serves this call\ncpu: serves it ({PLAINEST})" in said
+
+
+def test_without_a_compiler_everything_works_and_says_so(without_compiler, tmp_path):
+    _, package = without_compiler
+    assert not list(package.glob("fastattn/_cpu_*"))
+    environment = {"PYTHONPATH": str(package), "FASTATTN_CPU_ISA": ""}
+    said = run_python(USE_EVERYTHING, tmp_path, **environment)
+    assert said.startswith(str(package))
+    assert "reference serves this call\ncpu: no C++ compiler at install" in said
+    info = run_python("from fastattn import cli; cli.main(['info'])", tmp_path, **environment)
+    assert "no C++ compiler at install" in info
+
+
+def test_an_instruction_set_that_was_not_built_is_an_error(without_compiler, tmp_path):
+    _, package = without_compiler
+    done = subprocess.run(
+        [sys.executable, "-c", "import fastattn"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(package), "FASTATTN_CPU_ISA": "avx2"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert "ImportError: FASTATTN_CPU_ISA='avx2' was not built" in done.stderr
+    assert "no C++ compiler at install" in done.stderr
+
+
+def test_metadata_asks_for_torch_and_pins_nothing(without_compiler):
+    wheel, _ = without_compiler
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        metadata = email.parser.Parser().parsestr(archive.read(name).decode())
+    wanted = metadata.get_all("Requires-Dist")
+    assert [line for line in wanted if "extra ==" not in line] == ["torch>=2.11"]
+    assert not [line for line in wanted if "==" in line.partition(";")[0]]
+    assert metadata["Requires-Python"] == ">=3.10"
+    assert metadata["Version"] == fastattn.__version__
+
+
+def test_import_costs_under_50_ms_beside_torch(tmp_path):
+    code = """
+import time, torch
+start = time.process_time()
+import fastattn
+print(time.process_time() - start)
+"""
+    package = str(Path(fastattn.__file__).parents[1])
+    seconds = [float(run_python(code, tmp_path, PYTHONPATH=package)) for _ in range(3)]
+    assert statistics.median(seconds) < 0.05, seconds
