@@ -701,8 +701,8 @@ FASTATTN_INLINE Vec64 high64(Vec64 a) { return {_mm512_srli_epi64(a.v, 32)}; }
 FASTATTN_INLINE Vec64 multiply_low(Vec64 a, Vec64 b) { return {_mm512_mul_epu32(a.v, b.v)}; }
 FASTATTN_INLINE void store_words(uint32_t* dst, Vec64 a, Vec64 b, Vec64 c, Vec64 d) {
   const __mmask16 odd = 0xaaaa;
-  const __m512i ab = _mm512_mask_shuffle_epi32(a.v, odd, b.v, _MM_PERM_CCAA);
-  const __m512i cd = _mm512_mask_shuffle_epi32(c.v, odd, d.v, _MM_PERM_CCAA);
+  const __m512i ab = _mm512_mask_blend_epi32(odd, a.v, _mm512_slli_epi64(b.v, 32));
+  const __m512i cd = _mm512_mask_blend_epi32(odd, c.v, _mm512_slli_epi64(d.v, 32));
   const __m512i even_groups = _mm512_unpacklo_epi64(ab, cd),
                 odd_groups = _mm512_unpackhi_epi64(ab, cd);
   const __m512i lo = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
