@@ -52,7 +52,7 @@ COMMON = (
     ]
 )
 SANITIZE = os.environ.get("FASTATTN_SANITIZE")  # for example "address,undefined"
-DEBUG = [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-g1"] if SANITIZE else []
+DEBUG = [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-O1", "-g1"] if SANITIZE else []
 STRIP = [] if MSVC or sys.platform == "darwin" or SANITIZE else ["-s"]
 GIGABYTES_PER_JOB = 1.0
 

@@ -231,7 +231,7 @@ def check_number(name: str, value: Any) -> float:
     """``value`` as a finite float, or a TypeError or ValueError that names it."""
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name}: expected a number, got {_got(value)}")
-    if value - value != 0:  # nan or infinite, in a form that torch.compile can trace
+    if value - value != 0:  # type: ignore[operator]  # nan or infinite, in a form that torch.compile can trace
         raise ValueError(f"{name}: expected a finite number, got {value}")
     return float(value)
 

@@ -311,7 +311,7 @@ FUNCTIONS = {
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_functorch(backend, function):
     (x,) = leaves((3, 1, 2, 3, 4), dtype=torch.float64)
-    loss = lambda x: function(x, backend).square().sum()  # noqa: E731
+    loss = lambda x: function(x, backend).square().sum()
     grad = torch.func.grad(loss)
     (expected,) = torch.autograd.grad(sum(loss(one) for one in x), x)
     x = x.detach()

@@ -1,7 +1,5 @@
-"""Derivatives against finite differences in float64, first and second, by every backend.
-
-Attention on a few queries is in test_ops_attention.py; here are shapes of several blocks.
-"""
+"""Derivatives against finite differences in float64, by every backend: attention on several blocks
+of queries and keys, softmax with masks. The plain ones are with each op, in test_ops_*.py."""
 
 import pytest
 import torch
@@ -52,54 +50,6 @@ def test_attention(keywords, bias, backend):
     shapes = [(1, 4, 33, 3), (1, 2, 59, 3), (1, 2, 59, 5), (4,)]
     inputs = leaves(*shapes, *([bias] if bias else []))
     assert gradcheck(function, inputs, fast_mode=True)
-
-
-LAYER_NORM_SHAPES = pytest.mark.parametrize(
-    ("shape", "dims"), [((3, 5), 1), ((2, 3, 17), 1), ((2, 3, 2, 4), 2), ((33,), 1)], ids=str
-)
-
-
-@LAYER_NORM_SHAPES
-@pytest.mark.parametrize("affine", ["both", "weight", "bias", "none"])
-def test_layer_norm(shape, dims, affine, backend):
-    normalized = shape[-dims:]
-    x, weight, bias = leaves(shape, normalized, normalized)
-
-    def function(x, weight, bias):
-        kept = (weight if affine in ("both", "weight") else None,)
-        kept += (bias if affine in ("both", "bias") else None,)
-        return fastattn.layer_norm(x, normalized, *kept, backend=backend)
-
-    used = {"both": (x, weight, bias), "weight": (x, weight), "bias": (x, bias), "none": (x,)}
-    for leaf in (x, weight, bias):
-        leaf.requires_grad_(any(leaf is one for one in used[affine]))
-    assert gradcheck(function, (x, weight, bias))
-    assert gradgradcheck(function, (x, weight, bias), fast_mode=True)
-
-
-@LAYER_NORM_SHAPES
-def test_rms_norm(shape, dims, backend):
-    function = lambda x, w: fastattn.rms_norm(x, shape[-dims:], w, 1e-5, backend=backend)
-    inputs = leaves(shape, shape[-dims:])
-    assert gradcheck(function, inputs)
-    assert gradgradcheck(function, inputs, fast_mode=True)
-
-
-@LAYER_NORM_SHAPES
-@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
-@pytest.mark.parametrize("rms", [False, True])
-def test_fused_residual(shape, dims, dropout_p, rms, backend):
-    def function(x, residual, weight, bias):
-        torch.manual_seed(0)
-        keywords = {"dropout_p": dropout_p, "backend": backend}
-        if rms:
-            return fastattn.add_rms_norm(x, residual, shape[-dims:], weight, 1e-5, **keywords)
-        return fastattn.add_layer_norm(x, residual, shape[-dims:], weight, bias, **keywords)
-
-    inputs = leaves(shape, shape, shape[-dims:], shape[-dims:])
-    inputs[3].requires_grad_(not rms)
-    assert gradcheck(function, inputs)
-    assert gradgradcheck(function, inputs, fast_mode=True)
 
 
 SOFTMAX_MASKS = {

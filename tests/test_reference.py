@@ -1,4 +1,4 @@
-"""The oracle itself: against the definition in plain loops, and row by row of the edge cases."""
+"""The oracle itself, against the definition in plain loops; its edge cases: test_edge_cases.py."""
 
 import math
 
@@ -7,8 +7,6 @@ import torch
 
 import fastattn
 from fastattn import reference, testing
-
-INF = math.inf
 
 
 @pytest.mark.parametrize(
@@ -123,122 +121,3 @@ def test_backward_is_the_derivative_of_the_forward():
     ]
     for name in results[0]:
         torch.testing.assert_close(results[0][name], results[1][name], msg=name)
-
-
-# ------------------------------------------------------------------------------------- edge cases
-
-
-def attention(q, k, v, **keywords):
-    """(out, lse, dq, dk, dv) by the reference, from a gradient of ones for out and lse."""
-    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    out, lse = fastattn.attention(q, k, v, return_lse=True, backend="reference", **keywords)
-    grads = torch.autograd.grad((out, lse), (q, k, v), (torch.ones_like(out), torch.ones_like(lse)))
-    return out.detach(), lse.detach(), *grads
-
-
-def qkv(q_len=4, k_len=4, dim=8):
-    g = torch.Generator().manual_seed(0)
-    return [torch.randn(1, 2, n, dim, generator=g) for n in (q_len, k_len, k_len)]
-
-
-BLIND = {  # each hides every key from query 0
-    "causal": {"causal": True},
-    "mask": {"bias": torch.tensor([[False] * 4] + [[True] * 4] * 5)},
-    "bias": {"bias": torch.tensor([[-INF] * 4] + [[0.0] * 4] * 5)},
-    "window": {"window": (0, 0)},
-}
-
-
-@pytest.mark.parametrize("keywords", BLIND.values(), ids=BLIND)
-def test_row_that_sees_no_key(keywords):
-    q, k, v = qkv(q_len=6)
-    out, lse, dq, dk, dv = attention(q, k, v, **keywords)
-    assert (out[:, :, 0] == 0).all() and (lse[:, :, 0] == -INF).all()
-    assert (dq[:, :, 0] == 0).all()
-    assert all(x.isfinite().all() for x in (out, dq, dk, dv))
-
-
-@pytest.mark.parametrize("keywords", BLIND.values(), ids=BLIND)
-def test_row_that_sees_only_a_sink(keywords):
-    sinks = torch.tensor([0.5, -2.0])
-    out, lse, *grads = attention(*qkv(q_len=6), sinks=sinks, **keywords)
-    assert (out[:, :, 0] == 0).all()
-    assert torch.equal(lse[:, :, 0], sinks[None])
-    assert all(x.isfinite().all() for x in grads)
-
-
-def test_smallest_bias_everywhere_is_a_mean():
-    q, k, v = qkv()
-    out, _, _, _, dv = attention(q, k, v, bias=torch.full((4, 4), torch.finfo(torch.float32).min))
-    torch.testing.assert_close(out, v.mean(2, keepdim=True).expand_as(out))
-    torch.testing.assert_close(dv, torch.ones_like(dv))
-
-
-@pytest.mark.parametrize("sinks", [None, torch.tensor([1.0, 2.0])])
-def test_no_keys(sinks):
-    q, k, v = qkv(k_len=0)
-    out, lse, dq, dk, dv = attention(q, k, v, sinks=sinks)
-    assert (out == 0).all() and out.shape == q.shape
-    assert torch.equal(
-        lse, (torch.tensor([-INF] * 2) if sinks is None else sinks)[None, :, None].expand_as(lse)
-    )
-    assert (dq == 0).all() and dk.shape == k.shape and dv.shape == v.shape
-
-
-def test_no_queries_and_no_batch():
-    q, k, v = qkv(q_len=0)
-    out, lse, _, dk, dv = attention(q, k, v)
-    assert out.shape == q.shape and lse.shape == (1, 2, 0)
-    assert (dk == 0).all() and (dv == 0).all()
-    out, *grads = attention(*(x[:0] for x in qkv()))
-    assert out.shape == (0, 2, 4, 8) and all(x.shape == out.shape for x in grads[1:])
-
-
-def test_nan_reaches_the_rows_that_see_it_and_no_other():
-    for name, touched in (("q", [2]), ("k", [2, 3]), ("v", [2, 3])):
-        inputs = dict(zip("qkv", qkv(), strict=True))
-        inputs[name][:, :, 2] = torch.nan
-        out, _, dq, dk, dv = attention(**inputs, causal=True)
-        assert out.isnan().any(-1)[0, 0].nonzero().flatten().tolist() == touched, name
-        assert not dq[:, :, :2].isnan().any(), name
-        if name == "q":  # key 3 is not seen by query 2
-            assert not dk[:, :, 3].isnan().any() and not dv[:, :, 3].isnan().any()
-
-
-def test_infinite_value_behind_the_mask():
-    q, k, v = qkv()
-    v[:, :, 3] = INF
-    out, _, dq, *_ = attention(q, k, v, causal=True)
-    assert out[:, :, :3].isfinite().all() and dq[:, :, :3].isfinite().all()
-    assert (out[:, :, 3] == INF).all()
-
-
-def test_infinite_logit_is_nan():
-    q, k, v = qkv()
-    bias = torch.zeros(4, 4)
-    bias[1, 2] = INF
-    out, *_ = attention(q, k, v, bias=bias)
-    assert out[:, :, 1].isnan().all() and out[:, :, [0, 2, 3]].isfinite().all()
-
-
-def test_huge_logits_are_finite():
-    q, k, v = qkv()
-    for x in attention(q * 1e9, k * 1e9, v):
-        assert x.isfinite().all()
-    q, k, v = (torch.full((1, 2, 4, 64), 256.0, dtype=torch.float16) for _ in range(3))
-    out, *_ = attention(q, k, v)
-    assert (out == 256).all()
-
-
-def test_softcap_comes_before_the_mask():
-    q, k, v = qkv()
-    bias = torch.tensor([True, True, False, True])
-    out, *_ = attention(q * 100, k, v, softcap=2.0, bias=bias)
-    v[:, :, 2] = 1e6
-    assert torch.equal(out, attention(q * 100, k, v, softcap=2.0, bias=bias)[0])
-
-
-def test_dropping_everything():
-    out, lse, dq, dk, dv = attention(*qkv(), dropout_p=1.0)
-    assert (out == 0).all() and lse.isfinite().all() and (dv == 0).all()
-    assert dq.isfinite().all() and dk.isfinite().all()

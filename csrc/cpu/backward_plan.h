@@ -8,6 +8,10 @@ namespace fastattn {
 namespace {
 
 struct BackwardPlan {
+  // What threads may hold of dq, dk and dv before it is written.
+  static constexpr int64_t kMaxBytes = int64_t(48) << 20;
+  static constexpr int64_t kKeysApart = 1024;
+
   struct Unit {
     int64_t b, kv;
     KeyRange heads;  // query heads
@@ -16,10 +20,11 @@ struct BackwardPlan {
 
   const AttentionParams& p;
   int threads, group_splits = 1, key_splits = 1;
+  bool dq_apart = false;        // make dq in a sweep of its own: more work, no copies
   int64_t max_keys;             // of a unit
   std::vector<int64_t> bounds;  // unit k of a head has the keys [bounds[k], bounds[k + 1])
 
-  BackwardPlan(const AttentionParams& params, int key_block)
+  BackwardPlan(const AttentionParams& params, int key_block, int64_t number_bytes)
       : p(params), threads(useful_threads(params)) {
     const AttentionShape& s = p.shape;
     const int64_t heads = s.batch * s.kv_heads, blocks = (s.k_len + key_block - 1) / key_block;
@@ -36,6 +41,23 @@ struct BackwardPlan {
       }
     }
     split_keys(blocks, key_block);
+    if (held() * number_bytes > kMaxBytes) {
+      dq_apart = true;
+      group_splits = 1;
+      key_splits = int(std::max<int64_t>((2 * threads + heads - 1) / heads,
+                                         (s.k_len + kKeysApart - 1) / kKeysApart));
+      key_splits = int(std::min<int64_t>(key_splits, std::max<int64_t>(blocks, 1)));
+      split_keys(blocks, key_block);
+    }
+  }
+
+  // Numbers of dq, dk and dv that wait in memory at the same time.
+  int64_t held() const {
+    const AttentionShape& s = p.shape;
+    const int64_t dq = (key_splits > 1 ? units() : threads) * s.q_len * s.head_dim;
+    const bool gathers = group_splits > 1 || s.group() > group_splits;
+    const int64_t dkv = (group_splits > 1 ? units() : threads) * max_keys * (s.head_dim + s.v_dim);
+    return dq + (gathers ? dkv : 0);
   }
 
   // Bounds of equal work: a key costs as many scores as queries see it.

@@ -28,15 +28,17 @@ inline GompParallel find_openmp() {
 }
 
 // The runtime to use in this process, or null.
-inline GompParallel openmp() {
 #if defined(_WIN32)
-  return nullptr;
+inline GompParallel openmp() { return nullptr; }
 #else
-  static const pid_t owner = getpid();
+// When this module was loaded: torch may have made its team before the first call of a kernel.
+const pid_t owner = getpid();
+
+inline GompParallel openmp() {
   static const GompParallel runtime = find_openmp();
   return getpid() == owner ? runtime : nullptr;
-#endif
 }
+#endif
 
 // Calls body(thread) once for each thread in [0, threads), concurrently where it can. The bodies
 // must not wait for one another: fewer real threads than asked for may serve them.
