@@ -14,12 +14,6 @@
 #include <sys/mman.h>
 #endif
 
-#if defined(_MSC_VER)
-#define FASTATTN_INLINE_LAMBDA
-#else
-#define FASTATTN_INLINE_LAMBDA __attribute__((always_inline))
-#endif
-
 namespace fastattn {
 namespace {
 

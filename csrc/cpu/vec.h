@@ -25,9 +25,16 @@
 #endif
 #if defined(_MSC_VER)
 #define FASTATTN_INLINE __forceinline
+#define FASTATTN_INLINE_LAMBDA
 #define FASTATTN_NOINLINE __declspec(noinline)
 #else
+#if defined(FASTATTN_X86_VECTORS) || defined(__aarch64__)
 #define FASTATTN_INLINE inline __attribute__((always_inline))
+#define FASTATTN_INLINE_LAMBDA __attribute__((always_inline))
+#else  // vectors written as loops: forcing all of them inline takes gcc minutes
+#define FASTATTN_INLINE inline
+#define FASTATTN_INLINE_LAMBDA
+#endif
 #define FASTATTN_NOINLINE __attribute__((noinline))
 #endif
 
