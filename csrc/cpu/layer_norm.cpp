@@ -18,7 +18,7 @@ struct Moments {
 // the first-level cache, then the blocks are joined (Chan et al., 1979). Everything is relative to
 // the row's first number, so that a constant row has the variance 0 and its mean exactly.
 template <typename T>
-Moments moments(const T* x, int64_t n) {
+FASTATTN_NOINLINE Moments moments(const T* x, int64_t n) {
   using A = Acc<T>;
   const A pivot = to_acc(x[0]);
   const Vec<A> pivots = set1(pivot);
@@ -27,25 +27,21 @@ Moments moments(const T* x, int64_t n) {
     const int64_t m = std::min(kBlock, n - begin);
     const T* block = x + begin;
 
-    Vec<A> sum[kUnroll] = {zero<A>(), zero<A>(), zero<A>(), zero<A>()};
-    each_vector<T>(m, [&](auto slot, int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
-      const Vec<A> d = lanes.keep(lanes.load(block + j) - pivots, A(0));
-      sum[slot] = sum[slot] + d;
-    });
+    const auto [sum] = sum_vectors<T, 1>(
+        m, [&](Vec<A>(&acc)[1], int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+          acc[0] = acc[0] + lanes.keep(lanes.load(block + j) - pivots, A(0));
+        });
     // The second pass is around this centre, and corrects for its rounding.
-    const A centre = pivot + hsum((sum[0] + sum[1]) + (sum[2] + sum[3])) / A(m);
+    const A centre = pivot + sum / A(m);
 
     const Vec<A> centres = set1(centre);
-    Vec<A> first[kUnroll] = {zero<A>(), zero<A>(), zero<A>(), zero<A>()};
-    Vec<A> second[kUnroll] = {zero<A>(), zero<A>(), zero<A>(), zero<A>()};
-    each_vector<T>(m, [&](auto slot, int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
-      const Vec<A> d = lanes.keep(lanes.load(block + j) - centres, A(0));
-      first[slot] = first[slot] + d;
-      second[slot] = fma(d, d, second[slot]);
-    });
-    const double s1 = hsum((first[0] + first[1]) + (first[2] + first[3]));
-    const double s2 = hsum((second[0] + second[1]) + (second[2] + second[3]));
-
+    const auto [first, second] = sum_vectors<T, 2>(
+        m, [&](Vec<A>(&acc)[2], int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+          const Vec<A> d = lanes.keep(lanes.load(block + j) - centres, A(0));
+          acc[0] = acc[0] + d;
+          acc[1] = fma(d, d, acc[1]);
+        });
+    const double s1 = first, s2 = second;
     const double block_mean = (double(centre) - double(pivot)) + s1 / double(m);
     const double delta = block_mean - mean, share = double(m) / double(begin + m);
     mean += delta * share;
@@ -57,24 +53,24 @@ Moments moments(const T* x, int64_t n) {
 }
 
 template <typename T>
-Moments mean_square(const T* x, int64_t n) {
+FASTATTN_NOINLINE Moments mean_square(const T* x, int64_t n) {
   using A = Acc<T>;
   double squares = 0;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
-    Vec<A> sum[kUnroll] = {zero<A>(), zero<A>(), zero<A>(), zero<A>()};
-    each_vector<T>(std::min(kBlock, n - begin),
-                   [&](auto slot, int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
-                     const Vec<A> v = lanes.load(x + begin + j);
-                     sum[slot] = fma(v, v, sum[slot]);
-                   });
-    squares += hsum((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    const auto [sum] = sum_vectors<T, 1>(
+        std::min(kBlock, n - begin),
+        [&](Vec<A>(&acc)[1], int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+          const Vec<A> v = lanes.load(x + begin + j);
+          acc[0] = fma(v, v, acc[0]);
+        });
+    squares += sum;
   }
   return {0, squares / double(n)};
 }
 
 // h = residual + dropout(x), rounded as stored: what is normalised is what the backward will see.
 template <typename T>
-void add_row(T* h, const T* residual, const T* x, const Dropout& dropout, int64_t row, int64_t n) {
+FASTATTN_NOINLINE void add_row(T* h, const T* residual, const T* x, const Dropout& dropout, int64_t row, int64_t n) {
   using A = Acc<T>;
   A factor[kBlock];
   for (int64_t begin = 0; begin < n; begin += kBlock) {
@@ -135,7 +131,7 @@ void forward(const LayerNormParams& p) {
     expect_large_write(p.y, bytes);
     if (p.new_residual) expect_large_write(p.new_residual, bytes);
   }
-  parallel_static(rows, useful_threads(p.threads, rows * n), [&](int64_t begin, int64_t end, int) {
+  parallel_shares(rows, useful_threads(p.threads, rows * n), [&](int64_t begin, int64_t end, int) {
     for (int64_t row = begin; row < end; ++row) {
       const T* x = static_cast<const T*>(p.x.data) + p.rows.offset(row, p.x);
       const T* next =
@@ -209,10 +205,9 @@ struct BackwardRow {
 // First pass over kRows rows at once, so that dweight, dbias and the weights are loaded once for
 // all: sum_g = sum(g), sum_gd = sum(g d), dweight += dy x_hat, dbias += dy.
 template <typename T, int kRows, bool kPartials>
-void backward_sums(BackwardRow<T>* rows, const Acc<T>* weight, Acc<T>* dweight, Acc<T>* dbias,
+FASTATTN_NOINLINE void backward_sums(BackwardRow<T>* rows, const Acc<T>* weight, Acc<T>* dweight, Acc<T>* dbias,
                    int64_t n) {
   using A = Acc<T>;
-  for (int r = 0; r < kRows; ++r) rows[r].sum_g = rows[r].sum_gd = 0;
   Vec<A> mean[kRows], rstd[kRows];
   const T *x[kRows], *dy[kRows];
   for (int r = 0; r < kRows; ++r) {
@@ -221,10 +216,13 @@ void backward_sums(BackwardRow<T>* rows, const Acc<T>* weight, Acc<T>* dweight, 
     x[r] = rows[r].x;
     dy[r] = rows[r].dy;
   }
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
+  constexpr int64_t kRun = 512;  // sums over two levels, as in sum_vectors
+  Vec<A> total_g[kRows], total_gd[kRows];
+  for (int r = 0; r < kRows; ++r) total_g[r] = total_gd[r] = zero<A>();
+  for (int64_t begin = 0; begin < n; begin += kRun) {
     Vec<A> sum_g[kRows], sum_gd[kRows];
     for (int r = 0; r < kRows; ++r) sum_g[r] = sum_gd[r] = zero<A>();
-    each_vector<T>(std::min(kBlock, n - begin),
+    each_vector<T>(std::min(kRun, n - begin),
                    [&](auto, int64_t i, auto lanes) FASTATTN_INLINE_LAMBDA {
                      const int64_t j = begin + i;
                      const Vec<A> w = lanes.load(weight + j);
@@ -247,9 +245,13 @@ void backward_sums(BackwardRow<T>* rows, const Acc<T>* weight, Acc<T>* dweight, 
                      }
                    });
     for (int r = 0; r < kRows; ++r) {
-      rows[r].sum_g += hsum(sum_g[r]);
-      rows[r].sum_gd += hsum(sum_gd[r]);
+      total_g[r] = total_g[r] + sum_g[r];
+      total_gd[r] = total_gd[r] + sum_gd[r];
     }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    rows[r].sum_g = hsum(total_g[r]);
+    rows[r].sum_gd = hsum(total_gd[r]);
   }
 }
 
@@ -257,13 +259,14 @@ void backward_sums(BackwardRow<T>* rows, const Acc<T>* weight, Acc<T>* dweight, 
 //   dh = rstd (g - mean(g) - x_hat mean(g x_hat)) + dnew_residual;  RMS: without mean(g)
 //   dresidual = dh, dx = dropout(dh)
 template <typename T>
-void backward_row(const BackwardRow<T>& row, const LayerNormParams& p, const LayerNormGrads& grads,
+FASTATTN_NOINLINE void backward_row(const BackwardRow<T>& row, const LayerNormParams& p, const LayerNormGrads& grads,
                   const Acc<T>* weight, int64_t index, const BackwardRow<T>& next,
                   bool past_cache) {
   using A = Acc<T>;
   const int64_t n = p.width;
-  const double rstd = row.rstd;
-  const Vec<A> mean = set1(row.mean), scale = set1(row.rstd);
+  // A row of one number is its own mean: exactly no gradient, which rounding would blow up by rstd.
+  const double rstd = n == 1 && !p.rms ? 0.0 : double(row.rstd);
+  const Vec<A> mean = set1(row.mean), scale = set1(A(rstd));
   const Vec<A> mean_g = set1(p.rms ? A(0) : A(row.sum_g / double(n)));
   const Vec<A> slope = set1(A(-rstd * rstd * rstd * row.sum_gd / double(n)));
   const auto through_norm = [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
@@ -359,7 +362,7 @@ void backward(const LayerNormParams& p, const LayerNormGrads& grads) {
   const int threads = int(std::min<int64_t>(useful_threads(p.threads, rows * n), rows));
   std::vector<std::unique_ptr<Partials<A>>> partials(size_t(std::max(threads, 1)));
 
-  parallel_static(rows, threads, [&](int64_t begin, int64_t end, int thread) {
+  parallel_shares(rows, threads, [&](int64_t begin, int64_t end, int thread) {
     Partials<A>* mine = nullptr;
     if (want_partials) {
       partials[size_t(thread)] = std::make_unique<Partials<A>>(n);

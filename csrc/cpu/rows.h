@@ -1,7 +1,9 @@
 // How layer norm and softmax visit rows: vector by vector, written past the cache when large.
 #pragma once
 #include <algorithm>
+#include <array>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <type_traits>
 
@@ -12,6 +14,14 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#endif
+
+#if defined(_MSC_VER)
+#define FASTATTN_INLINE_LAMBDA
+#define FASTATTN_NOINLINE __declspec(noinline)
+#else
+#define FASTATTN_NOINLINE __attribute__((noinline))  // spares compile time, not run time
+#define FASTATTN_INLINE_LAMBDA __attribute__((always_inline))
 #endif
 
 namespace fastattn {
@@ -29,10 +39,6 @@ struct Whole {
   FASTATTN_INLINE void store(T* p, V x) const {
     fastattn::store(p, x);
   }
-  template <typename T, typename V>
-  FASTATTN_INLINE void stream(T* p, V x) const {
-    fastattn::stream(p, x);
-  }
   template <typename A>
   FASTATTN_INLINE Vec<A> keep(Vec<A> x, A) const {
     return x;
@@ -46,10 +52,6 @@ struct First {
   }
   template <typename T, typename V>
   FASTATTN_INLINE void store(T* p, V x) const {
-    fastattn::store_n(p, x, n);
-  }
-  template <typename T, typename V>
-  FASTATTN_INLINE void stream(T* p, V x) const {
     fastattn::store_n(p, x, n);
   }
   template <typename A>
@@ -116,23 +118,23 @@ void from_order_of(A* out, const A* in, int64_t n) {
   std::copy(in + j, in + n, out + j);
 }
 
-constexpr int kUnroll = 4;  // independent accumulators hide the latency of additions
+// Independent accumulators hide the latency of additions.
+#if defined(FASTATTN_X86_VECTORS) || defined(__ARM_NEON)
+constexpr int kUnroll = 4;
+#else
+constexpr int kUnroll = 1;  // the compiler has its hands full with the portable vector
+#endif
 
-// Calls body(slot, j, lanes) for each vector of n numbers, in the order of T; `slot` is a
-// compile-time 0 .. kUnroll - 1, for the accumulators. The first vector is cut to `head` lanes
-// where that is not 0.
+// Calls body(slot, j, lanes) for each vector of n numbers, in the order of T; `slot` is a compile-time
+// 0 .. kUnroll - 1, for the accumulators.
 template <typename T, typename Body>
-FASTATTN_INLINE void each_vector(int64_t head, int64_t n, const Body& body) {
+FASTATTN_INLINE void each_vector(int64_t n, const Body& body) {
   constexpr int64_t w = Vec<Acc<T>>::kWidth;
   const std::integral_constant<int, 0> s0;
-  const std::integral_constant<int, 1> s1;
-  const std::integral_constant<int, 2> s2;
-  const std::integral_constant<int, 3> s3;
+  const std::integral_constant<int, 1 % kUnroll> s1;
+  const std::integral_constant<int, 2 % kUnroll> s2;
+  const std::integral_constant<int, 3 % kUnroll> s3;
   int64_t j = 0;
-  if (head) {
-    j = std::min(head, n);
-    body(s0, int64_t(0), First{int(j)});
-  }
   if constexpr (kPaired<T>) {
     for (; j + kUnroll * w <= n; j += kUnroll * w) {
       body(s0, j, HalfPair<false>{});
@@ -145,19 +147,51 @@ FASTATTN_INLINE void each_vector(int64_t head, int64_t n, const Body& body) {
       body(s1, j, HalfPair<true>{});
       j += 2 * w;
     }
-  }
-  for (; j + kUnroll * w <= n; j += kUnroll * w) {
-    body(s0, j, Whole{});
-    body(s1, j + w, Whole{});
-    body(s2, j + 2 * w, Whole{});
-    body(s3, j + 3 * w, Whole{});
+  } else if constexpr (kUnroll > 1) {
+    for (; j + kUnroll * w <= n; j += kUnroll * w) {
+      body(s0, j, Whole{});
+      body(s1, j + w, Whole{});
+      body(s2, j + 2 * w, Whole{});
+      body(s3, j + 3 * w, Whole{});
+    }
   }
   for (; j + w <= n; j += w) body(s0, j, Whole{});
   if (j < n) body(s0, j, First{int(n - j)});
 }
-template <typename T, typename Body>
-FASTATTN_INLINE void each_vector(int64_t n, const Body& body) {
-  each_vector<T>(0, n, body);
+
+// kSums sums over n numbers, to which add(acc, j, lanes) adds a vector each. Sums are over two
+// levels, so that many small terms are not rounded against one large sum.
+template <typename T, int kSums, typename Add>
+FASTATTN_INLINE std::array<Acc<T>, kSums> sum_vectors(int64_t n, const Add& add) {
+  using A = Acc<T>;
+  constexpr int64_t kRun = sizeof(A) == 8 ? 128 : 512;
+  Vec<A> total[kSums];
+  for (Vec<A>& sum : total) sum = zero<A>();
+  for (int64_t begin = 0; begin < n; begin += kRun) {
+    Vec<A> recent[kUnroll][kSums];
+    for (auto& sums : recent)
+      for (Vec<A>& sum : sums) sum = zero<A>();
+    each_vector<T>(std::min(kRun, n - begin),
+                   [&](auto slot, int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+                     add(recent[slot], begin + j, lanes);
+                   });
+    for (int k = 0; k < kSums; ++k) {
+      Vec<A> sum = recent[0][k];
+      if constexpr (kUnroll == 4) sum = (sum + recent[1][k]) + (recent[2][k] + recent[3][k]);
+      total[k] = total[k] + sum;
+    }
+  }
+  std::array<A, kSums> result;
+  for (int k = 0; k < kSums; ++k) result[size_t(k)] = hsum(total[k]);
+  return result;
+}
+
+// The maximum of kUnroll vectors; NaN if a lane is.
+template <typename A>
+FASTATTN_INLINE A hmax_of(const Vec<A> (&top)[kUnroll]) {
+  Vec<A> m = top[0];
+  if constexpr (kUnroll == 4) m = vmax(vmax(m, top[1]), vmax(top[2], top[3]));
+  return hmax(m);
 }
 
 // The numbers before the first address at which stream() may store.
@@ -184,20 +218,25 @@ FASTATTN_INLINE void write_row(T* out, int64_t n, bool past_cache, const Value& 
       for (; j + 2 * w <= n; j += 2 * w) stream_pair(out + j, value(j, even), value(j, odd));
     else
       for (; j + 2 * w <= n; j += 2 * w) store_pair(out + j, value(j, even), value(j, odd));
-    each_vector<Acc<T>>(n - j, [&](auto, int64_t i, auto lanes) FASTATTN_INLINE_LAMBDA {
-      lanes.store(out + j + i, value(j + i, lanes));
-    });
+    for (; j < n; j += w) {
+      const First lanes{int(std::min<int64_t>(w, n - j))};
+      lanes.store(out + j, value(j, lanes));
+    }
     return;
   }
 #endif
+  constexpr int64_t w = Vec<Acc<T>>::kWidth;
+  int64_t j = 0;
   if (past_cache) {
-    each_vector<Acc<T>>(unaligned_head(out), n,
-                        [&](auto, int64_t i, auto lanes)
-                            FASTATTN_INLINE_LAMBDA { lanes.stream(out + i, value(i, lanes)); });
+    j = std::min(unaligned_head(out), n);
+    const First head{int(j)};
+    if (j) head.store(out, value(0, head));
+    for (; j + w <= n; j += w) stream(out + j, value(j, Whole{}));
   } else {
-    each_vector<Acc<T>>(n, [&](auto, int64_t i, auto lanes)
-                               FASTATTN_INLINE_LAMBDA { lanes.store(out + i, value(i, lanes)); });
+    for (; j + w <= n; j += w) store(out + j, value(j, Whole{}));
   }
+  const First tail{int(n - j)};
+  if (j < n) tail.store(out + j, value(j, tail));
 }
 
 // ---- memory ------------------------------------------------------------------------------------
@@ -233,12 +272,18 @@ inline int useful_threads(int threads, int64_t numbers) {
   return int(std::clamp<int64_t>(numbers / kGrain, 1, std::max(threads, 1)));
 }
 
+// parallel_static for bodies of many types: compiled once.
+using Share = std::function<void(int64_t begin, int64_t end, int thread)>;
+inline void parallel_shares(int64_t items, int threads, const Share& body) {
+  parallel_static(items, threads, body);
+}
+
 // ---- conversions -------------------------------------------------------------------------------
 
 // out[i] = in[i * stride] as an accumulation type, for a dtype known at run time; a bool keeps or
 // masks: 0 or -inf.
 template <typename A>
-void widen_row(A* out, const void* in, DType dtype, int64_t stride, int64_t n) {
+FASTATTN_NOINLINE void widen_row(A* out, const void* in, DType dtype, int64_t stride, int64_t n) {
   const auto copy = [&](auto* p) {
     if (stride == 1) {
       for (int64_t i = 0; i < n; ++i) out[i] = A(to_acc(p[i]));
@@ -264,7 +309,7 @@ void widen_row(A* out, const void* in, DType dtype, int64_t stride, int64_t n) {
 }
 
 template <typename A>
-void narrow_row(void* out, const A* in, DType dtype, int64_t n) {
+FASTATTN_NOINLINE void narrow_row(void* out, const A* in, DType dtype, int64_t n) {
   switch (dtype) {
     case DType::kFloat64:
       for (int64_t i = 0; i < n; ++i) static_cast<double*>(out)[i] = double(in[i]);
@@ -306,7 +351,7 @@ void with_type(DType dtype, const F& f) {
 // dropped, 1 / (1 - p) where it is kept. Element (row, col) has word col & 3 of the counter
 // (col >> 2, row, row >> 32, 0). The loop over `kLanes` counters is there to be vectorised.
 template <typename A>
-void dropout_factors(A* factor, const Dropout& dropout, int64_t row, int64_t begin, int64_t n) {
+FASTATTN_NOINLINE void dropout_factors(A* factor, const Dropout& dropout, int64_t row, int64_t begin, int64_t n) {
   constexpr int kLanes = 16;
   const uint32_t threshold = dropout_threshold(dropout.p);
   const A kept = dropout.p < 1 ? A(1 / (1 - dropout.p)) : A(0);

@@ -66,6 +66,16 @@ FASTATTN_INLINE Vec<A> exp_of(Vec<A> x) {
   return select(equal(x, x), exp2_below(x * set1(A(kLog2E))), x);
 }
 
+// The same to the last digit: x log2(e) is taken with what its rounding leaves.
+FASTATTN_INLINE Vec<float> accurate_exp_of(Vec<float> x) {
+  const Vec<float> high = set1(float(kLog2E)), low = set1(float(kLog2E - double(float(kLog2E))));
+  const Vec<float> t = x * high, rest = fma(x, low, fma(x, high, zero<float>() - t));
+  const Vec<float> power = exp2_below(vmax(set1(-127.0f), t));
+  const Vec<float> result = fma(power, rest * set1(float(kLn2)), power);
+  return select(less(set1(-127.0f), x), result, select(equal(x, x), zero<float>(), x));
+}
+FASTATTN_INLINE Vec<double> accurate_exp_of(Vec<double> x) { return exp_of(x); }
+
 // What to subtract before exp: -inf - -inf would be NaN in a block without anything to keep.
 template <typename A>
 A safe_base(A maximum) {
@@ -76,29 +86,58 @@ A safe_base(A maximum) {
 
 // s = the scores of n numbers, in the given order; their maximum.
 template <typename Order, typename In, MaskKind kMask, typename A = Acc<In>>
-A load_scores(A* s, const In* x, const A* mask, A scale, int64_t n) {
+FASTATTN_NOINLINE A load_scores(A* s, const In* x, const A* mask, A scale, int64_t n) {
   const Vec<A> low = set1(-kInfinity<A>), scales = set1(scale);
-  Vec<A> top[kUnroll] = {low, low, low, low};
+  Vec<A> top[kUnroll];
+  for (Vec<A>& lane : top) lane = low;
   each_vector<Order>(n, [&](auto slot, int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
     const Vec<A> v = score<In, kMask>(x + j, mask + j, scales, lanes);
     lanes.store(s + j, v);
     top[slot] = vmax(top[slot], lanes.keep(v, -kInfinity<A>));
   });
-  return hmax(vmax(vmax(top[0], top[1]), vmax(top[2], top[3])));
+  return hmax_of(top);
 }
 
-// e[j] = exp(s[j] - base) and their sum; e may be s, or null where only the sum counts.
+// e[j] = exp(s[j] - base) and their sum; e may be s, or null where only the sum counts. Meanwhile
+// fetches the numbers at `next`, `size` bytes each.
 template <typename A>
-A exponentials(A* e, const A* s, A base, int64_t n, const void* next) {
+FASTATTN_NOINLINE A exponentials(A* e, const A* s, A base, int64_t n, const char* next, int64_t size) {
   const Vec<A> bases = set1(base);
-  Vec<A> sum[kUnroll] = {zero<A>(), zero<A>(), zero<A>(), zero<A>()};
-  each_vector<A>(n, [&](auto slot, int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
-    prefetch(static_cast<const A*>(next) + j);
-    const Vec<A> v = exp_of(lanes.load(s + j) - bases);
-    if (e) lanes.store(e + j, v);
-    sum[slot] = sum[slot] + lanes.keep(v, A(0));
-  });
-  return hsum((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  const auto [sum] = sum_vectors<A, 1>(
+      n, [&](Vec<A>(&acc)[1], int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+        prefetch(next + j * size);
+        const Vec<A> v = exp_of(lanes.load(s + j) - bases);
+        if (e) lanes.store(e + j, v);
+        acc[0] = acc[0] + lanes.keep(v, A(0));
+      });
+  return sum;
+}
+
+// y from what waits in s: exponentials times a factor, or scores.
+template <typename A>
+struct Finish {
+  enum Kind { kScaled, kExponential, kLog } kind;
+  // kScaled: s factor. kExponential: exp(s - maximum) factor. kLog: (s - maximum) - factor.
+  A maximum, factor;
+};
+
+template <typename Order, typename Out, typename A = Acc<Out>>
+FASTATTN_NOINLINE void finish(Out* y, const A* s, const Finish<A>& how, int64_t n, bool past_cache) {
+  const Vec<A> maximum = set1(how.maximum), factor = set1(how.factor);
+  switch (how.kind) {
+    case Finish<A>::kScaled:
+      return write_row<Order>(y, n, past_cache, [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+        return lanes.load(s + j) * factor;
+      });
+    case Finish<A>::kExponential:
+      return write_row<Order>(y, n, past_cache, [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+        return exp_of(lanes.load(s + j) - maximum) * factor;
+      });
+    case Finish<A>::kLog:
+      return write_row<Order>(y, n, past_cache, [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+        return (lanes.load(s + j) - maximum) - factor;
+      });
+  }
 }
 
 // The row's maximum m and total = sum(exp(s - m)), gathered block by block.
@@ -109,9 +148,13 @@ struct RowSum {
 
   // A block with its own maximum and its sum of exp(s - safe_base(maximum)).
   void join(A block_maximum, A block_sum) {
-    const A m = block_maximum > maximum ? block_maximum : maximum;
-    total = rebased(total, maximum, m) + rebased(block_sum, block_maximum, m);
-    maximum = m;
+    const double base = safe_base(maximum), block_base = safe_base(block_maximum);
+    if (block_maximum > maximum) {
+      total = (total == 0 ? 0 : total * std::exp(base - block_base)) + block_sum;
+      maximum = block_maximum;
+    } else {
+      total += block_sum * (base == block_base ? 1 : std::exp(block_base - base));
+    }
   }
   bool empty() const { return maximum == -kInfinity<A> && total == 0; }
 
@@ -126,11 +169,12 @@ template <typename In, typename Out, MaskKind kMask>
 void forward_rows(const SoftmaxParams& p) {
   using A = Acc<In>;
   // A mask lies as it is, so do numbers of another type.
-  using Order = std::conditional_t<kMask == MaskKind::kNone && std::is_same_v<In, Out>, Out, A>;
+  using Order = std::conditional_t<
+      kPaired<Out> && kMask == MaskKind::kNone && std::is_same_v<In, Out>, Out, A>;
   const int64_t n = p.width, rows = p.rows.count(), bytes = rows * n * int64_t(sizeof(Out));
   const bool past_cache = bytes >= kStreamBytes, keep = n <= kKeptScores;
   if (past_cache) expect_large_write(p.y, bytes);
-  parallel_static(rows, useful_threads(p.threads, rows * n), [&](int64_t begin, int64_t end, int) {
+  parallel_shares(rows, useful_threads(p.threads, rows * n), [&](int64_t begin, int64_t end, int) {
     const std::unique_ptr<A[]> kept = scratch<A>(keep ? n : kBlock);
     const std::unique_ptr<A[]> bases = scratch<A>(n / kBlock + 1);
     MaskRun<A> mask_run(p, kBlock);
@@ -155,7 +199,8 @@ void forward_rows(const SoftmaxParams& p) {
         const A top = load_block(first, m), base = safe_base(top);
         A* s = kept.get() + (keep ? first : 0);
         bases[first / kBlock] = base;
-        sum.join(top, exponentials(p.log || !keep ? nullptr : s, s, base, m, next + first));
+        sum.join(top, exponentials<A>(p.log || !keep ? nullptr : s, s, base, m,
+                                      reinterpret_cast<const char*>(next + first), sizeof(In)));
       }
       if (kMask != MaskKind::kNone && sum.empty()) {  // everything masked
         std::fill_n(y, n, from_acc<Out>(p.log ? -kInfinity<A> : A(0)));
@@ -164,29 +209,17 @@ void forward_rows(const SoftmaxParams& p) {
       // y = exp(s - m) / total, of which the blocks hold exp(s - base); log: (s - m) - log(total)
       const A m = sum.maximum;
       const double inverse = m == -kInfinity<A> ? double(kNaN<A>) : 1 / sum.total;
-      const Vec<A> maximum = set1(m), log_total = set1(A(std::log(sum.total)));
       for (int64_t first = 0; first < n; first += kBlock) {
         const int64_t count = std::min(kBlock, n - first);
         if (!keep) load_block(first, count);
-        const A* s = kept.get() + (keep ? first : 0);
+        Finish<A> how{Finish<A>::kExponential, m, A(inverse)};
         if (p.log) {
-          write_row<Order>(y + first, count, past_cache,
-                           [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
-                             return (lanes.load(s + j) - maximum) - log_total;
-                           });
+          how = {Finish<A>::kLog, m, A(std::log(sum.total))};
         } else if (keep) {
           const double base = bases[first / kBlock];
-          const Vec<A> factor = set1(A(base == m ? inverse : std::exp(base - m) * inverse));
-          write_row<Order>(y + first, count, past_cache,
-                           [&](int64_t j, auto lanes)
-                               FASTATTN_INLINE_LAMBDA { return lanes.load(s + j) * factor; });
-        } else {
-          const Vec<A> factor = set1(A(inverse));
-          write_row<Order>(y + first, count, past_cache,
-                           [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
-                             return exp_of(lanes.load(s + j) - maximum) * factor;
-                           });
+          how = {Finish<A>::kScaled, m, A(base == m ? inverse : std::exp(base - m) * inverse)};
         }
+        finish<Order>(y + first, kept.get() + (keep ? first : 0), how, count, past_cache);
       }
     }
     stream_fence();
@@ -197,11 +230,11 @@ void forward_rows(const SoftmaxParams& p) {
 template <typename T, typename Dx, bool kLog>
 void backward_rows(const SoftmaxGrads& p) {
   using A = Acc<T>;
-  using Order = std::conditional_t<std::is_same_v<T, Dx>, T, A>;
+  using Order = std::conditional_t<kPaired<Dx> && std::is_same_v<T, Dx>, Dx, A>;
   const int64_t n = p.width, rows = p.rows.count(), bytes = rows * n * int64_t(sizeof(Dx));
   const bool past_cache = bytes >= kStreamBytes;
   if (past_cache) expect_large_write(p.dx, bytes);
-  parallel_static(rows, useful_threads(p.threads, rows * n), [&](int64_t begin, int64_t end, int) {
+  parallel_shares(rows, useful_threads(p.threads, rows * n), [&](int64_t begin, int64_t end, int) {
     const Vec<A> scale = set1(A(p.scale)), masked = set1(-kInfinity<A>);
     for (int64_t row = begin; row < end; ++row) {
       const T* y = static_cast<const T*>(p.y.data) + p.rows.offset(row, p.y);
@@ -211,27 +244,27 @@ void backward_rows(const SoftmaxGrads& p) {
       const T* next_dy = static_cast<const T*>(p.dy.data) + p.rows.offset(following, p.dy);
       double total = 0;
       for (int64_t first = 0; first < n; first += kBlock) {
-        Vec<A> sum[kUnroll] = {zero<A>(), zero<A>(), zero<A>(), zero<A>()};
-        each_vector<Order>(std::min(kBlock, n - first),
-                           [&](auto slot, int64_t i, auto lanes) FASTATTN_INLINE_LAMBDA {
-                             const Vec<A> up = lanes.load(dy + first + i);
-                             if constexpr (kLog)
-                               sum[slot] = sum[slot] + up;
-                             else
-                               sum[slot] = fma(lanes.load(y + first + i), up, sum[slot]);
-                           });
-        total += hsum((sum[0] + sum[1]) + (sum[2] + sum[3]));
+        const auto [sum] = sum_vectors<Order, 1>(
+            std::min(kBlock, n - first),
+            [&](Vec<A>(&acc)[1], int64_t i, auto lanes) FASTATTN_INLINE_LAMBDA {
+              const Vec<A> up = lanes.load(dy + first + i);
+              if constexpr (kLog)
+                acc[0] = acc[0] + up;
+              else
+                acc[0] = fma(lanes.load(y + first + i), up, acc[0]);
+            });
+        total += sum;
       }
       const Vec<A> dot = set1(A(total));
       write_row<Order>(static_cast<Dx*>(p.dx) + row * n, n, past_cache,
-                       [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
-                         prefetch(next_y + j);
-                         prefetch(next_dy + j);
-                         const Vec<A> v = lanes.load(y + j), up = lanes.load(dy + j);
-                         if constexpr (!kLog) return v * scale * (up - dot);
-                         const Vec<A> d = scale * (up - exp_of(v) * dot);
-                         return select(equal(v, masked), zero<A>(), d);
-                       });
+                [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+                  prefetch(next_y + j);
+                  prefetch(next_dy + j);
+                  const Vec<A> v = lanes.load(y + j), up = lanes.load(dy + j);
+                  if constexpr (!kLog) return v * (up - dot) * scale;
+                  const Vec<A> d = scale * (up - accurate_exp_of(v) * dot);
+                  return select(equal(v, masked), zero<A>(), d);
+                });
     }
     stream_fence();
   });
@@ -251,22 +284,63 @@ inline int64_t columns_at_once(int64_t width, int64_t inner) {
 // Sums of columns over two levels, so that thousands of terms do not add up their rounding.
 template <typename A>
 struct ColumnSums {
-  static constexpr int64_t kRun = 64;
-  A recent[kMaxColumns], total[kMaxColumns];
+  static constexpr int64_t kRun = 32;
+  A recent[kMaxColumns];
+  double total[kMaxColumns];
 
   void clear(int64_t count) {
     std::fill_n(recent, count, A(0));
-    std::fill_n(total, count, A(0));
+    std::fill_n(total, count, 0.0);
   }
-  // Between rows d of `n`.
+  // To be called after row d of `n`.
   void added(int64_t d, int64_t n, int64_t count) {
     if (d % kRun != kRun - 1 && d != n - 1) return;
     for (int64_t j = 0; j < count; ++j) {
-      total[j] += recent[j];
+      total[j] += double(recent[j]);
       recent[j] = 0;
     }
+    if (d == n - 1) std::copy_n(total, count, recent);
   }
+  const A* sums() const { return recent; }  // after the last row
 };
+
+template <typename In, MaskKind kMask, typename A = Acc<In>>
+FASTATTN_NOINLINE void load_columns(A* s, const In* x, const A* mask, A scale, int64_t n) {
+  const Vec<A> scales = set1(scale);
+  write_row<A>(s, n, false, [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+    return score<In, kMask>(x + j, mask + j, scales, lanes);
+  });
+}
+
+template <typename A>
+FASTATTN_NOINLINE void raise_columns(A* maximum, const A* s, int64_t n) {
+  write_row<A>(maximum, n, false, [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+    return vmax(lanes.load(maximum + j), lanes.load(s + j));
+  });
+}
+
+// s = exp(s - base), added to sum.
+template <typename A>
+FASTATTN_NOINLINE void add_columns(A* sum, A* s, const A* base, int64_t n) {
+  write_row<A>(sum, n, false, [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+    const Vec<A> e = exp_of(lanes.load(s + j) - lanes.load(base + j));
+    lanes.store(s + j, e);
+    return lanes.load(sum + j) + e;
+  });
+}
+
+// log ? (s - base) - factor : s factor
+template <typename Out, typename A = Acc<Out>>
+FASTATTN_NOINLINE void finish_columns(Out* y, const A* s, const A* base, const A* factor, bool log, int64_t n) {
+  if (log)
+    write_row<A>(y, n, false, [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+      return (lanes.load(s + j) - lanes.load(base + j)) - lanes.load(factor + j);
+    });
+  else
+    write_row<A>(y, n, false, [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+      return lanes.load(s + j) * lanes.load(factor + j);
+    });
+}
 
 template <typename In, typename Out, MaskKind kMask>
 void forward_columns(const SoftmaxParams& p) {
@@ -277,10 +351,9 @@ void forward_columns(const SoftmaxParams& p) {
   const bool keep = n * at_once <= kKeptScores;
   if (bytes >= kStreamBytes) expect_large_write(p.y, bytes);
   const int threads = useful_threads(p.threads, rows * n * p.inner);
-  parallel_static(rows * blocks, threads, [&](int64_t begin, int64_t end, int) {
+  parallel_shares(rows * blocks, threads, [&](int64_t begin, int64_t end, int) {
     const std::unique_ptr<A[]> kept = scratch<A>(keep ? n * at_once : at_once);
     MaskRun<A> mask_run(p, kMaxColumns);
-    const Vec<A> scale = set1(A(p.scale));
     A maximum[kMaxColumns], base[kMaxColumns], factor[kMaxColumns];
     ColumnSums<A> sum;
     for (int64_t task = begin; task < end; ++task) {
@@ -291,55 +364,43 @@ void forward_columns(const SoftmaxParams& p) {
           kMask == MaskKind::kNone ? 0 : p.rows.offset(row, p.mask) + column * p.mask_inner;
       Out* y = static_cast<Out*>(p.y) + row * n * p.inner + column;
       const auto scores = [&](int64_t d) { return kept.get() + (keep ? d * at_once : 0); };
-      const auto load_scores = [&](int64_t d) {
-        const In* in = x + d * p.x.stride[3];
+      const auto load = [&](int64_t d) {
         const A* mask = nullptr;
         if constexpr (kMask != MaskKind::kNone)
           mask = mask_run.at(mask_row + d * p.mask.stride[3], p.mask_inner, count);
-        A* s = scores(d);
-        each_vector<A>(count, [&](auto, int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
-          lanes.store(s + j, score<In, kMask>(in + j, mask + j, scale, lanes));
-        });
+        load_columns<In, kMask>(scores(d), x + d * p.x.stride[3], mask, A(p.scale), count);
       };
 
       std::fill_n(maximum, count, -kInfinity<A>);
       sum.clear(count);
       for (int64_t d = 0; d < n; ++d) {
-        load_scores(d);
-        const A* s = scores(d);
-        each_vector<A>(count, [&](auto, int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
-          lanes.store(maximum + j, vmax(lanes.load(maximum + j), lanes.load(s + j)));
-        });
+        load(d);
+        raise_columns(maximum, scores(d), count);
       }
       for (int64_t j = 0; j < count; ++j) base[j] = safe_base(maximum[j]);
       for (int64_t d = 0; d < n; ++d) {
-        if (!keep) load_scores(d);
-        A* s = scores(d);
-        each_vector<A>(count, [&](auto, int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
-          const Vec<A> e = exp_of(lanes.load(s + j) - lanes.load(base + j));
-          if (!p.log) lanes.store(s + j, e);
-          lanes.store(sum.recent + j, lanes.load(sum.recent + j) + e);
-        });
+        if (!keep) load(d);
+        // Log needs the scores again: their exponentials go elsewhere.
+        A* e = scores(d);
+        if (p.log && keep) e = std::copy_n(e, count, factor) - count;
+        add_columns(sum.recent, e, base, count);
         sum.added(d, n, count);
       }
-      // The last sweep: log ? (s - base) - factor : e factor, with exceptions for columns of -inf.
       for (int64_t j = 0; j < count; ++j) {
         const bool empty = maximum[j] == -kInfinity<A> && sum.total[j] == 0;
-        if (p.log)
-          factor[j] = empty ? (kMask != MaskKind::kNone ? A(0) : kNaN<A>) : std::log(sum.total[j]);
-        else
-          factor[j] = empty ? (kMask != MaskKind::kNone ? A(0) : kNaN<A>) : 1 / sum.total[j];
+        factor[j] = empty   ? (kMask != MaskKind::kNone ? A(0) : kNaN<A>)
+                    : p.log ? A(std::log(sum.total[j]))
+                            : A(1 / sum.total[j]);
       }
       for (int64_t d = 0; d < n; ++d) {
-        if (!keep) load_scores(d);
-        const A* s = scores(d);
-        Out* out = y + d * p.inner;
-        write_row<A>(out, count, false, [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
-          const Vec<A> v = lanes.load(s + j), f = lanes.load(factor + j);
-          if (p.log) return (v - lanes.load(base + j)) - f;
-          if (keep) return v * f;
-          return exp_of(v - lanes.load(base + j)) * f;
-        });
+        if (!keep) {
+          load(d);
+          if (!p.log) {
+            A unused[kMaxColumns] = {};
+            add_columns(unused, scores(d), base, count);
+          }
+        }
+        finish_columns(y + d * p.inner, scores(d), base, factor, p.log, count);
       }
     }
   });
@@ -353,7 +414,7 @@ void backward_columns(const SoftmaxGrads& p) {
   const int64_t bytes = rows * n * p.inner * int64_t(sizeof(Dx));
   if (bytes >= kStreamBytes) expect_large_write(p.dx, bytes);
   const int threads = useful_threads(p.threads, rows * n * p.inner);
-  parallel_static(rows * blocks, threads, [&](int64_t begin, int64_t end, int) {
+  parallel_shares(rows * blocks, threads, [&](int64_t begin, int64_t end, int) {
     const Vec<A> scale = set1(A(p.scale)), masked = set1(-kInfinity<A>);
     ColumnSums<A> dot;
     for (int64_t task = begin; task < end; ++task) {
@@ -373,14 +434,12 @@ void backward_columns(const SoftmaxGrads& p) {
       }
       for (int64_t d = 0; d < n; ++d) {
         const T *v = y + d * p.y.stride[3], *up = dy + d * p.dy.stride[3];
-        write_row<A>(dx + d * p.inner, count, false,
-                     [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
-                       const Vec<A> out = lanes.load(v + j), g = lanes.load(up + j),
-                                    total = lanes.load(dot.total + j);
-                       if constexpr (!kLog) return out * scale * (g - total);
-                       const Vec<A> gradient = scale * (g - exp_of(out) * total);
-                       return select(equal(out, masked), zero<A>(), gradient);
-                     });
+        write_row<A>(dx + d * p.inner, count, false, [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+          const Vec<A> out = lanes.load(v + j), g = lanes.load(up + j), total = lanes.load(dot.sums() + j);
+          if constexpr (!kLog) return out * (g - total) * scale;
+          const Vec<A> gradient = scale * (g - accurate_exp_of(out) * total);
+          return select(equal(out, masked), zero<A>(), gradient);
+        });
       }
     }
   });
