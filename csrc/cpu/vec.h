@@ -784,7 +784,7 @@ FASTATTN_INLINE void unroll(F&& f) {
   unroll_indices(f, std::make_integer_sequence<int, kCount>{});
 }
 
-constexpr double kLog2E = 1.44269504088896340736;
+constexpr double kLog2E = 1.44269504088896340736, kLn2 = 0.69314718055994530942;
 
 FASTATTN_INLINE Vec<float> exp2_below(Vec<float> x) {
   const Vec<float> magic = set1(kRoundMagic), c = vmax(set1(-127.0f), x);  // NaN passes through
