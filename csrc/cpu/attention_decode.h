@@ -62,7 +62,7 @@ class DecodeTile {
       const bool spoils = hides && !all_finite(vj, n, int(s.v_dim));
       softmax_.block(
           scores_, scores_, kKeys, 0, rows_, j, n, int(round_up(n, w)), spoils,
-          [&](int r) { return typename OnlineSoftmax<A>::Query{mods[r / s.q_len], r % s.q_len}; });
+          QueriesOfGroup<A>{mods.data(), s.q_len});
       const Source<T> next{k.at(std::min(j + kKeys, keys.end - 1), 0), k.row, k.col};
       if (v_direct && !spoils) {
         accumulate(vj, n, next);

@@ -83,7 +83,7 @@ class ForwardTile {
     tile_product<Compute>({q_ + ptrdiff_t(r0) * d_elems_, d_elems_, 1},
                           {k_ + begin / kWide * k_stride, k_stride}, scores_, kKeyBlock, rows,
                           panels, d_elems_);
-    const auto query = [&](int r) { return typename OnlineSoftmax<A>::Query{mod, i + r0 + r}; };
+    const QueriesOfHead<A> query{mod, i + r0};
     softmax_.block(scores_, probs_, kKeyBlock, r0, rows, j + begin, end - begin, width, spoils,
                    query);
     const Left<Compute> left{reinterpret_cast<const Elem*>(probs_), kKeyBlock / kDepth, 1};

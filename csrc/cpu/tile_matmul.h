@@ -170,7 +170,7 @@ constexpr int kSumRun = 128;
 
 // C = A . B for any K, summed by parts of `run` elements.
 template <class Compute>
-inline void tile_product(Left<Compute> a, Panels<Compute> b, typename Compute::Acc* c,
+FASTATTN_NOINLINE void tile_product(Left<Compute> a, Panels<Compute> b, typename Compute::Acc* c,
                          ptrdiff_t c_row, int rows, int panels, int k_elems, int run = kSumRun) {
   tile_matmul<Into::kStore>(a, b, c, c_row, rows, panels, std::min(k_elems, run));
   for (int k = run; k < k_elems; k += run) {
@@ -191,7 +191,7 @@ inline typename Compute::Acc elem_value(const typename Compute::Elem* e, int par
   }
 }
 template <class Compute>
-inline void tile_matmul_sparse(Left<Compute> a, Panels<Compute> b, typename Compute::Acc* c,
+FASTATTN_NOINLINE void tile_matmul_sparse(Left<Compute> a, Panels<Compute> b, typename Compute::Acc* c,
                                ptrdiff_t c_row, int rows, int panels, int k_elems) {
   using A = typename Compute::Acc;
   constexpr int width = kPanel<A>;
@@ -218,7 +218,7 @@ struct Source {
 };
 
 template <typename T>
-inline bool all_finite(Source<T> s, int rows, int cols) {
+FASTATTN_NOINLINE bool all_finite(Source<T> s, int rows, int cols) {
   // x * 0 is NaN for NaN and infinity, and the sums keep it.
   using A = Acc<T>;
   constexpr int w = Vec<A>::kWidth;
@@ -247,7 +247,7 @@ FASTATTN_INLINE uint32_t make_pair(const bf16* first, const bf16* second) {
 
 // Left operand, row by row: (rows, cols) -> elements [row][round_up(cols, depth) / depth].
 template <class Compute, typename T>
-inline void pack_rows(typename Compute::Elem* dst, ptrdiff_t dst_row, Source<T> s, int rows,
+FASTATTN_NOINLINE void pack_rows(typename Compute::Elem* dst, ptrdiff_t dst_row, Source<T> s, int rows,
                       int cols) {
   using A = typename Compute::Acc;
   constexpr int w = Vec<A>::kWidth;
@@ -276,7 +276,7 @@ inline void pack_rows(typename Compute::Elem* dst, ptrdiff_t dst_row, Source<T> 
 // Right operand whose K runs down the source's rows: B (k, n) = source (k, n), k < rows, n < cols.
 // Columns are padded with zeros to whole panels, k to whole elements.
 template <class Compute, typename T>
-inline void pack_panels(typename Compute::Elem* dst, ptrdiff_t panel_stride, Source<T> s, int rows,
+FASTATTN_NOINLINE void pack_panels(typename Compute::Elem* dst, ptrdiff_t panel_stride, Source<T> s, int rows,
                         int cols) {
   using A = typename Compute::Acc;
   constexpr int w = Vec<A>::kWidth, width = kPanel<A>;
@@ -316,7 +316,7 @@ inline void pack_panels(typename Compute::Elem* dst, ptrdiff_t panel_stride, Sou
 // Right operand whose K runs along the source's columns: B (k, n) = source (n, k), n < rows, k <
 // cols.
 template <class Compute, typename T>
-inline void pack_panels_transposed(typename Compute::Elem* dst, ptrdiff_t panel_stride, Source<T> s,
+FASTATTN_NOINLINE void pack_panels_transposed(typename Compute::Elem* dst, ptrdiff_t panel_stride, Source<T> s,
                                    int rows, int cols) {
   using A = typename Compute::Acc;
   using Elem = typename Compute::Elem;
