@@ -58,11 +58,12 @@ STRIP = [] if MSVC or sys.platform == "darwin" or SANITIZE else ["-s"]
 # Not setuptools' own folder, which is a new one for each editable install: what was compiled before
 # is found again. Objects of another Python or platform are others.
 OBJECTS = Path("build", f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}")
-RULE = (
-    ["description = $out", "command = $line /showIncludes", "deps = msvc"]
-    if MSVC
-    else ["description = $out", "command = $line -MMD -MF $out.d", "deps = gcc", "depfile = $out.d"]
-)
+RULE = ["description = $out"]
+if MSVC:
+    RULE += ["command = $line /showIncludes", "deps = msvc"]
+else:  # not every compiler that fails takes away an older object, which must not be linked
+    RULE += ["command = $line -MMD -MF $out.d || (rm -f $out; false)"]
+    RULE += ["deps = gcc", "depfile = $out.d"]
 GIGABYTES_PER_JOB = 1.0
 Command = tuple[str, str, list[str]]  # source, object, the compiler and its arguments
 
@@ -88,6 +89,8 @@ class BuildExtensions(build_ext):
             self.copy_file(os.path.join(self.build_lib, info), str(info))
 
     def build_extensions(self) -> None:
+        for old in Path(self.build_lib, "fastattn").glob("_cpu_*"):  # of an earlier build
+            old.unlink()
         reason = self.obstacle()
         if reason:
             print(f"fastattn: {reason}; every call will use the reference backend")
@@ -158,6 +161,8 @@ class BuildExtensions(build_ext):
         folders = [sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)]
         ninja = shutil.which("ninja", path=os.pathsep.join(folders))
         if not ninja:  # without build isolation: no more than that everything is compiled anew
+            for _, obj, _ in commands:
+                Path(obj).unlink(missing_ok=True)
             with ThreadPoolExecutor(at_once) as pool:
                 list(pool.map(lambda command: self.succeeds(run, command[2]), commands))
             return
