@@ -8,6 +8,13 @@ namespace fastattn {
 
 enum class DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3, kBool = 4 };
 
+inline int64_t size_of(DType dtype) {
+  return dtype == DType::kFloat64   ? 8
+         : dtype == DType::kFloat32 ? 4
+         : dtype == DType::kBool    ? 1
+                                    : 2;
+}
+
 // A strided view of a tensor of at most four dimensions; strides count elements.
 struct View {
   void* data = nullptr;

@@ -68,7 +68,7 @@ class DecodeTile {
       const bool spoils = hides && !all_finite(vj, n, int(s.v_dim));
       softmax_.block(
           scores_, scores_, kKeys, 0, rows_, j, n, int(round_up(n, w)), spoils,
-          [&](int r) { return typename OnlineSoftmax<T>::Query{mods[r / s.q_len], r % s.q_len}; });
+          QueriesOfGroup<A>{mods.data(), s.q_len});
       if (v_direct && !spoils) {
         accumulate(vj, n, last ? 0 : kKeys * v.row);
       } else {
@@ -83,7 +83,7 @@ class DecodeTile {
 
   const A* out() const { return out_; }
   int out_stride() const { return v_cols_; }
-  const OnlineSoftmax<T>& state() const { return softmax_; }
+  const OnlineSoftmax<A, std::is_same_v<T, A>>& state() const { return softmax_; }
 
  private:
   // Rows of elements, padded with zeros to dst_row.
@@ -203,7 +203,7 @@ class DecodeTile {
   const int rows_, d_cols_, d_elems_, v_cols_;
   Elem *q_, *k_;
   A *v_, *scores_, *out_;
-  OnlineSoftmax<T> softmax_;
+  OnlineSoftmax<A, std::is_same_v<T, A>> softmax_;
 };
 
 }  // namespace

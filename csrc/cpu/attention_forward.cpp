@@ -66,7 +66,7 @@ class ForwardTile {
 
   const A* out() const { return out_; }  // (rows, out_stride()), unnormalised
   int out_stride() const { return v_cols_; }
-  const OnlineSoftmax<T>& state() const { return softmax_; }
+  const OnlineSoftmax<A, std::is_same_v<T, A>>& state() const { return softmax_; }
 
  private:
   static constexpr ptrdiff_t kValueStride = ptrdiff_t(kKeyBlock / kDepth) * kWide;
@@ -83,7 +83,7 @@ class ForwardTile {
     tile_product<Into::kStore, Compute>({q_ + ptrdiff_t(r0) * d_elems_, d_elems_, 1},
                           {k_ + begin / kWide * k_stride, k_stride}, scores_, kKeyBlock, rows,
                           panels, d_elems_);
-    const auto query = [&](int r) { return typename OnlineSoftmax<T>::Query{mod, i + r0 + r}; };
+    const QueriesOfHead<A> query{mod, i + r0};
     softmax_.block(scores_, probs_, kKeyBlock, r0, rows, j + begin, end - begin, width, spoils,
                    query);
     const Left<Compute> left{reinterpret_cast<const Elem*>(probs_), kKeyBlock / kDepth, 1};
@@ -106,7 +106,7 @@ class ForwardTile {
   A* scores_;    // (kSubRows, kKeyBlock)
   Prob* probs_;  // the same, or a copy in bf16
   A* out_;       // (kMaxQueryTile, v_cols_)
-  OnlineSoftmax<T> softmax_;
+  OnlineSoftmax<A, std::is_same_v<T, A>> softmax_;
 };
 
 template <typename T>

@@ -75,7 +75,7 @@ class BackwardTile {
   int dv_cols() const { return dv_cols_; }
 
   // Readies keys [j, j + n) of KV head (b, kv).
-  void load_keys(int64_t b, int64_t kv, int64_t j, int n) {
+  FASTATTN_NOINLINE void load_keys(int64_t b, int64_t kv, int64_t j, int n) {
     b_ = b;
     j_ = j;
     n_ = n;
@@ -88,7 +88,7 @@ class BackwardTile {
   }
 
   // Makes the tiles of p and ds for queries [i, i + rows) of head h and the keys at hand.
-  void load_queries(int64_t h, int64_t i, int rows) {
+  FASTATTN_NOINLINE void load_queries(int64_t h, int64_t i, int rows) {
     const Source<T> q = load_scores(h, i, rows);
     const Source<T> dout{g_.dout.at<const T>(b_, h, i), g_.dout.stride[2], g_.dout.stride[3]};
     const KeyRange full = p_.mask.all_keys(i, i + rows, p_.shape.k_len);

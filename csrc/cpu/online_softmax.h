@@ -20,16 +20,34 @@ FASTATTN_INLINE Vec<A> reduce_rows(const A* rows, const Reduce& reduce) {
   return x[0];
 }
 
+// What a row of the tile is: its query and how its scores become logits.
+template <typename A>
+struct Query {
+  const ScoreMod<A>& mod;
+  int64_t i;
+};
+// Queries i, i + 1, ... of one head; or all queries, head by head, of a group of heads.
+template <typename A>
+struct QueriesOfHead {
+  const ScoreMod<A>& mod;
+  int64_t i;
+  Query<A> operator()(int r) const { return {mod, i + r}; }
+};
+template <typename A>
+struct QueriesOfGroup {
+  const ScoreMod<A>* mods;
+  int64_t q_len;
+  Query<A> operator()(int r) const { return {mods[r / q_len], r % q_len}; }
+};
+
 // Maxima are kept as scores, scaled or not, and a score's difference to them is taken before it is
 // scaled: the greatest itself must come out as exactly 0, also where a rounding is worth
 // thousands, and biases near the largest float must not overflow.
 //
-// T is the stored type: float32 is held to libm's accuracy, what is narrower takes a shorter exp.
-template <typename T>
+// kExact: to libm's accuracy, for inputs of type A; narrower ones take a shorter exp.
+template <typename A, bool kExact>
 class OnlineSoftmax {
-  using A = Acc<T>;
   using V = Vec<A>;
-  static constexpr bool kExact = std::is_same_v<T, A>;
   static constexpr int w = V::kWidth;
   static constexpr A kHidden = -std::numeric_limits<A>::infinity();
 
@@ -56,12 +74,6 @@ class OnlineSoftmax {
     std::fill_n(sum_low_, rows + w, A(0));
   }
 
-  // What a row of the tile is: its query and how its scores become logits.
-  struct Query {
-    const ScoreMod<A>& mod;
-    int64_t i;
-  };
-
   // Turns scores (rows, score_row) of rows [r0, r0 + rows) of the tile with keys [j, j + n) into
   // p = exp(logit - max), unnormalised, with dropout, as type P at probs, which may be the scores;
   // zeros from n to `width`, a multiple of the vector. query(r) describes row r of the block. With
@@ -71,7 +83,7 @@ class OnlineSoftmax {
                                int n, int width, bool mark, const QueryOf& query) {
     for (int r = 0; r < rows; ++r) {
       A* row = scores + ptrdiff_t(r) * score_row;
-      const Query q = query(r);
+      const Query<A> q = query(r);
       if (modified_) q.mod.template apply<false>(row, bias_, nullptr, q.i, j, (n + w - 1) / w * w);
       const KeyRange sees = p_.mask.keys_of(q.i, p_.shape.k_len);
       mask_row(row, sees.begin - j, std::min<int64_t>(sees.end - j, n), width);
@@ -97,7 +109,7 @@ class OnlineSoftmax {
         for (int c = 0; c < n; ++c)
           if (visible_[r * n + c] && row[c] == 0) row[c] = std::numeric_limits<A>::min();
       if (p_.dropout.p > 0) {
-        const Query q = query(r);
+        const Query<A> q = query(r);
         drop_row(row, words_, p_.dropout, q.mod.b, q.mod.h, q.i, j, n);
       }
       if constexpr (!std::is_same_v<P, A>)

@@ -213,7 +213,7 @@ FASTATTN_NOINLINE void tile_product_by_lanes(Left<Fma<A>> a, Panels<Fma<A>> b, A
 // As tile_matmul, for tiles that hold NaN or infinity beside masked elements: a zero in A adds
 // nothing, where 0 * NaN would spoil rows that do not see the element. Slow, and seldom called.
 template <class Compute>
-inline void tile_matmul_sparse(Left<Compute> a, Panels<Compute> b, typename Compute::Acc* c,
+FASTATTN_NOINLINE void tile_matmul_sparse(Left<Compute> a, Panels<Compute> b, typename Compute::Acc* c,
                                ptrdiff_t c_row, int rows, int panels, int k_elems) {
   using A = typename Compute::Acc;
   constexpr int width = kPanel<A>;
@@ -240,7 +240,7 @@ struct Source {
 };
 
 template <typename T>
-inline bool all_finite(Source<T> s, int rows, int cols) {
+FASTATTN_NOINLINE bool all_finite(Source<T> s, int rows, int cols) {
   // x * 0 is NaN for NaN and infinity, and the sums keep it.
   using A = Acc<T>;
   constexpr int w = Vec<A>::kWidth;
@@ -269,7 +269,7 @@ FASTATTN_INLINE uint32_t make_pair(const bf16* first, const bf16* second) {
 
 // Left operand, row by row: (rows, cols) -> elements [row][round_up(cols, depth) / depth].
 template <class Compute, typename T>
-inline void pack_rows(typename Compute::Elem* dst, ptrdiff_t dst_row, Source<T> s, int rows,
+FASTATTN_NOINLINE void pack_rows(typename Compute::Elem* dst, ptrdiff_t dst_row, Source<T> s, int rows,
                       int cols) {
   using A = typename Compute::Acc;
   constexpr int w = Vec<A>::kWidth;
@@ -298,7 +298,7 @@ inline void pack_rows(typename Compute::Elem* dst, ptrdiff_t dst_row, Source<T> 
 // Right operand whose K runs down the source's rows: B (k, n) = source (k, n), k < rows, n < cols.
 // Columns are padded with zeros to whole panels, k to whole elements.
 template <class Compute, typename T>
-inline void pack_panels(typename Compute::Elem* dst, ptrdiff_t panel_stride, Source<T> s, int rows,
+FASTATTN_NOINLINE void pack_panels(typename Compute::Elem* dst, ptrdiff_t panel_stride, Source<T> s, int rows,
                         int cols) {
   using A = typename Compute::Acc;
   constexpr int w = Vec<A>::kWidth, width = kPanel<A>;
@@ -338,7 +338,7 @@ inline void pack_panels(typename Compute::Elem* dst, ptrdiff_t panel_stride, Sou
 // Right operand whose K runs along the source's columns: B (k, n) = source (n, k), n < rows, k <
 // cols.
 template <class Compute, typename T>
-inline void pack_panels_transposed(typename Compute::Elem* dst, ptrdiff_t panel_stride, Source<T> s,
+FASTATTN_NOINLINE void pack_panels_transposed(typename Compute::Elem* dst, ptrdiff_t panel_stride, Source<T> s,
                                    int rows, int cols) {
   using A = typename Compute::Acc;
   using Elem = typename Compute::Elem;
