@@ -106,9 +106,7 @@ def _hold_to_law(case: Case, backend: str | None, inputs: Inputs, backward: bool
     testing.over_draws(draw)
 
 
-def _compare(
-    case: Case, backend: str | None, inputs: Inputs, backward: bool
-) -> testing.Comparison:
+def _compare(case: Case, backend: str | None, inputs: Inputs, backward: bool) -> testing.Comparison:
     if isinstance(case, AttentionCase):
         options = {k: v for k, v in case.options.items() if k != "return_lse"}
         return testing.compare_attention(backend, backward=backward, **inputs, **options)  # type: ignore[arg-type]

@@ -114,7 +114,7 @@ def test_prove_reports_a_crash_as_a_problem(monkeypatch):
     def broken(*arguments, **keywords):
         raise RuntimeError("no such luck")
 
-    monkeypatch.setattr(proof.testing, "check_layer_norm", broken)
+    monkeypatch.setattr(proof.testing, "compare_layer_norm", broken)
     assert proof.prove(LayerNormCase("crash")).problem == "no such luck"
 
 

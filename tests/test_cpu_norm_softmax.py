@@ -1,7 +1,7 @@
 """The CPU kernels of layer norm and softmax: what the case table does not reach."""
 
 import math
-from dataclasses import replace
+
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ def cast(call, dtype):
     }
     if isinstance(call, SoftmaxCall):
         tensors["dtype"] = dtype
-    return replace(call, **tensors)
+    return call._replace(**tensors)
 
 
 def naive_of(call):
@@ -70,11 +70,7 @@ def check(name, got, naive, true):
         assert naive is None
         return
     assert got.is_contiguous()
-    if got.dtype is torch.float64:  # the truth is no better: a few roundings of the largest number
-        atol = 1e-14 * true.nan_to_num(0.0, 0.0, 0.0).abs().max().item()
-        torch.testing.assert_close(got, true, rtol=0, atol=atol, equal_nan=True)
-    else:
-        assert_error_law(name, got, naive, true)
+    assert_error_law(name, got, naive, true)
 
 
 def check_statistics(call, source, mean, rstd):
@@ -100,7 +96,7 @@ def check_layer_norm(call, dy, dnew_residual=None):
     source = call.x if forward[1] is None else forward[1]
     check_statistics(call, source, *forward[2:])
     has_residual = call.residual is not None
-    after = replace(call, x=source, residual=source if has_residual else None)
+    after = call._replace(x=source, residual=source if has_residual else None)
     needs = (True, has_residual, call.weight is not None, call.bias is not None)
     got = CPU.layer_norm_backward(after, source, *forward[2:], dy, dnew_residual, needs)
 
@@ -210,7 +206,7 @@ def test_dropout_drops_what_the_reference_drops(p):
     new_residual = CPU.layer_norm_forward(call)[1]
     assert torch.equal(new_residual, reference.layer_norm(call)[1])
     dx, dresidual, *_ = CPU.layer_norm_backward(
-        replace(call, x=new_residual, residual=new_residual), new_residual,
+        call._replace(x=new_residual, residual=new_residual), new_residual,
         *CPU.layer_norm_forward(call)[2:], random(70, 2051), random(70, 2051, seed=1), (True,) * 2
         + (False,) * 2,
     )  # fmt: skip
@@ -241,7 +237,7 @@ def test_strides(dtype):
         for up in layouts(*shape, dtype=dtype):
             call = norm_call(x, random(24, dtype=dtype, seed=2))
             forward = CPU.layer_norm_forward(call)
-            copied = replace(call, x=x.contiguous())
+            copied = call._replace(x=x.contiguous())
             assert torch.equal(forward[0], CPU.layer_norm_forward(copied)[0])
             needs = (True, False, True, False)
             got = CPU.layer_norm_backward(call, x, *forward[2:], up, None, needs)
@@ -313,7 +309,12 @@ def test_masks(dtype, dim, log):
     keep[2], keep[:, 5], keep[:, :, 7] = False, False, False  # nothing to keep, whatever the dim
     for mask in (keep, keep[:1], keep[:, :1], keep[:, :, :1], keep[:1, :, :1], keep[:1, :1]):
         added = torch.where(mask, random(*mask.shape, seed=3), -torch.inf)
-        for form in (mask, added, added.to(dtype), mask.transpose(0, 2).contiguous().transpose(0, 2)):
+        for form in (
+            mask,
+            added,
+            added.to(dtype),
+            mask.transpose(0, 2).contiguous().transpose(0, 2),
+        ):
             check_softmax(softmax_call(x, dim, form.expand(x.shape), 0.5, log), dy)
 
 

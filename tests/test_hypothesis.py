@@ -68,13 +68,9 @@ def attention_calls(draw):
     heads = kv_heads * group
     if draw(st.booleans()):
         q_len = draw(st.integers(1, 3))
-    layout = layouts(4)
-    call = {
-        "q": leaf(
-            (batch, heads, q_len, dim), dtype, seed, draw(layout), draw(st.sampled_from([1, 4]))
-        ),
-        "k": leaf((batch, kv_heads, k_len, dim), dtype, seed + 1, draw(layout)),
-        "v": leaf((batch, kv_heads, k_len, v_dim), dtype, seed + 2, draw(layout)),
+    layouts_of = {name: draw(layouts(4)) for name in "qkv"}
+    magnitude = draw(st.sampled_from([1, 4]))
+    options = {
         "causal": draw(st.sampled_from([False, True, "top_left"])),
         "window": draw(
             st.none() | st.tuples(st.none() | st.integers(0, 90), st.none() | st.integers(0, 90))
@@ -83,33 +79,45 @@ def attention_calls(draw):
         "softcap": draw(st.sampled_from([None, None, 1.5, 20.0])),
         "dropout_p": draw(st.sampled_from([0.0, 0.0, 0.1, 0.6])),
         "backend": draw(backends),
-        "seed": seed,
     }
-    if draw(st.booleans()):
-        shape = draw(st.sampled_from([(heads,), (batch, heads)]))
-        call["alibi_slopes"] = values(shape, torch.float32, seed).abs()
-    if draw(st.booleans()):
-        call["sinks"] = values((heads,), dtype, seed).requires_grad_()
+    slopes_shape = draw(st.sampled_from([None, (heads,), (batch, heads)]))
+    sinks = draw(st.booleans())
+    bias_shape = None
     if draw(st.booleans()):
         full = (batch, heads, q_len, k_len)
-        shape = [n if draw(st.booleans()) else 1 for n in full][draw(st.integers(0, 3)) :]
-        bias = values(shape, draw(st.sampled_from([dtype, torch.float32])), seed)
-        kind = draw(st.sampled_from(["bool", "-inf", "plain"]))
-        if kind == "bool":
-            call["bias"] = bias > -0.7
-        else:
-            if kind == "-inf":
-                bias = bias.masked_fill(bias < -0.7, -math.inf)
-            call["bias"] = lay_out(bias, draw(layouts(bias.dim()))).detach().requires_grad_()
+        bias_shape = [n if draw(st.booleans()) else 1 for n in full][draw(st.integers(0, 3)) :]
+        bias_dtype = draw(st.sampled_from([dtype, torch.float32]))
+        bias_kind = draw(st.sampled_from(["bool", "-inf", "plain"]))
+        bias_layout = draw(layouts(len(bias_shape)))
+
+    def call(n):  # the n-th draw of the numbers
+        at = seed + 1000 * n
+        q = leaf((batch, heads, q_len, dim), dtype, at, layouts_of["q"], magnitude)
+        k = leaf((batch, kv_heads, k_len, dim), dtype, at + 1, layouts_of["k"])
+        v = leaf((batch, kv_heads, k_len, v_dim), dtype, at + 2, layouts_of["v"])
+        arguments = {"q": q, "k": k, "v": v, "seed": at, **options}
+        if slopes_shape:
+            arguments["alibi_slopes"] = values(slopes_shape, torch.float32, at).abs()
+        if sinks:
+            arguments["sinks"] = values((heads,), dtype, at).requires_grad_()
+        if bias_shape is not None:
+            bias = values(bias_shape, bias_dtype, at)
+            if bias_kind == "bool":
+                arguments["bias"] = bias > -0.7
+            else:
+                if bias_kind == "-inf":
+                    bias = bias.masked_fill(bias < -0.7, -math.inf)
+                arguments["bias"] = lay_out(bias, bias_layout).detach().requires_grad_()
+        return arguments
+
     return call
 
 
 @settings(max_examples=EXAMPLES)
 @given(attention_calls())
 def test_attention(call):
-    backend = call.pop("backend")
     with testing.poisoned_empty():
-        testing.check_attention(backend, **call)
+        testing.over_draws(lambda n: testing.compare_attention(**call(n)))
 
 
 @st.composite
@@ -129,22 +137,26 @@ def test_layer_norm(data):
     normalized = shape[draw(st.integers(0, len(shape) - 1)) :]
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     parameters = draw(st.sampled_from([dtype, wide]))
-    x = lay_out(
-        values(shape, dtype, seed) + draw(st.sampled_from([0, 10])), draw(layouts(len(shape)))
-    )
-    keywords = {}
-    if draw(st.booleans()):
-        keywords["weight"] = values(normalized, parameters, seed + 1).requires_grad_()
-    rms = draw(st.booleans())
-    if draw(st.booleans()) and not rms:
-        keywords["bias"] = values(normalized, parameters, seed + 2).requires_grad_()
-    if draw(st.booleans()):
-        keywords["residual"] = leaf(shape, dtype, seed + 3, draw(layouts(len(shape))))
-        keywords["dropout_p"] = draw(st.sampled_from([0.0, 0.3]))
+    mean, layout = draw(st.sampled_from([0, 10])), draw(layouts(len(shape)))
+    has_weight, has_bias, rms = draw(st.booleans()), draw(st.booleans()), draw(st.booleans())
+    residual_layout = draw(st.none() | layouts(len(shape)))
+    backend, dropout_p = draw(backends), draw(st.sampled_from([0.0, 0.3]))
+
+    def compare(n):  # the n-th draw of the numbers
+        at = seed + 1000 * n
+        x = lay_out(values(shape, dtype, at) + mean, layout).detach().requires_grad_()
+        keywords = {}
+        if has_weight:
+            keywords["weight"] = values(normalized, parameters, at + 1).requires_grad_()
+        if has_bias and not rms:
+            keywords["bias"] = values(normalized, parameters, at + 2).requires_grad_()
+        if residual_layout is not None:
+            keywords["residual"] = leaf(shape, dtype, at + 3, residual_layout)
+            keywords["dropout_p"] = dropout_p
+        return testing.compare_layer_norm(backend, x, normalized, rms=rms, seed=at, **keywords)
+
     with testing.poisoned_empty():
-        testing.check_layer_norm(
-            draw(backends), x.detach().requires_grad_(), normalized, rms=rms, seed=seed, **keywords
-        )
+        testing.over_draws(compare)
 
 
 @settings(max_examples=EXAMPLES)
@@ -152,20 +164,23 @@ def test_layer_norm(data):
 def test_softmax(data):
     draw = data.draw
     shape, dtype, seed = draw(rows()), draw(dtypes), draw(seeds)
-    x = leaf(shape, dtype, seed, draw(layouts(len(shape))), draw(st.sampled_from([1, 20])))
-    keywords = {}
+    layout, magnitude = draw(layouts(len(shape))), draw(st.sampled_from([1, 20]))
+    mask_shape = None
     if draw(st.booleans()):
         mask_shape = [n if draw(st.booleans()) else 1 for n in shape]
-        mask = values(mask_shape[draw(st.integers(0, len(shape) - 1)) :], dtype, seed + 1)
-        mask = lay_out(mask, draw(layouts(mask.dim())))
-        keywords["mask"] = mask > -0.7 if draw(st.booleans()) else mask
+        mask_shape = mask_shape[draw(st.integers(0, len(shape) - 1)) :]
+        mask_layout, boolean = draw(layouts(len(mask_shape))), draw(st.booleans())
+    backend, dim = draw(backends), draw(st.integers(-len(shape), len(shape) - 1))
+    options = {"log": draw(st.booleans()), "scale": draw(st.sampled_from([1.0, 0.3, -2.0]))}
+
+    def compare(n):  # the n-th draw of the numbers
+        at = seed + 1000 * n
+        x = leaf(shape, dtype, at, layout, magnitude)
+        mask = None
+        if mask_shape is not None:
+            mask = lay_out(values(mask_shape, dtype, at + 1), mask_layout)
+            mask = mask > -0.7 if boolean else mask
+        return testing.compare_softmax(backend, x, dim, mask=mask, seed=at, **options)
+
     with testing.poisoned_empty():
-        testing.check_softmax(
-            draw(backends),
-            x,
-            draw(st.integers(-len(shape), len(shape) - 1)),
-            log=draw(st.booleans()),
-            scale=draw(st.sampled_from([1.0, 0.3, -2.0])),
-            seed=seed,
-            **keywords,
-        )
+        testing.over_draws(compare)

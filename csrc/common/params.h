@@ -43,9 +43,9 @@ struct AttentionParams {
   DType dtype;
   AttentionShape shape;
   View q, k, v;
-  View out;   // forward: written; backward: read
-  // (batch, q_heads, q_len), contiguous, statistics dtype: as out. lse_low is what rounding took off
-  // lse, so that their sum is twice as exact; the backward may have none.
+  View out;  // forward: written; backward: read
+  // (batch, q_heads, q_len), contiguous, statistics dtype: as out. lse_low is what rounding took
+  // off lse, so that their sum is twice as exact; the backward may have none.
   void *lse, *lse_low;
   View bias;  // no data: no bias; stride 0 on broadcast dimensions
   DType bias_dtype;

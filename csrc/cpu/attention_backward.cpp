@@ -7,8 +7,8 @@
 // gather in a tile, dq in a float32 copy of the head. Where such copies would take too much memory,
 // dq has a sweep of its own, in which a unit of work takes a range of queries through their keys.
 //
-// lse comes in two numbers: one has no room for the log of the sum beside a bias of, say, -3e38, and
-// its rounding would show in each p of the row.
+// lse comes in two numbers: one has no room for the log of the sum beside a bias of, say, -3e38,
+// and its rounding would show in each p of the row.
 #include <memory>
 #include <numeric>
 
@@ -21,8 +21,8 @@ namespace fastattn {
 namespace {
 
 // delta_i = do_i . o_i, summed as the tiles sum do_i . v_j: for a query that sees one key the two
-// then cancel to the last bit. One product after the other, or by kLanes as decode has it. Rows side
-// by side keep the processor busy.
+// then cancel to the last bit. One product after the other, or by kLanes as decode has it. Rows
+// side by side keep the processor busy.
 template <typename T, int kLanes>
 void compute_delta(const AttentionParams& p, const AttentionGrads& g, int threads) {
   using A = Acc<T>;
@@ -96,6 +96,7 @@ class Backward {
     else
       compute_delta<T, 1>(p_, g_, plan_.threads);
     if (p_.shape.k_len == 0) return;
+    if (sizeof(T) == 2 && g_.dbias && p_.bias_dtype == DType::kFloat32) sum_delta();
     if (wanted_.ds() || wanted_.dv) sweep(plan_.dq_apart ? wanted_.without_dq() : wanted_);
     if (wanted_.dq && plan_.dq_apart) sweep_dq();
     if (g_.dbias && !bias_in_sweep_) sum_bias();
@@ -107,6 +108,37 @@ class Backward {
     const AttentionShape& s = p.shape;
     return (g.dbias.stride[0] || s.batch == 1) && (g.dbias.stride[1] || s.q_heads == 1) &&
            (g.dbias.stride[2] || s.q_len == 1) && g.dbias.stride[3] == 1;
+  }
+
+  // delta_i = sum_j p_ij dp_ij instead, as exact as dp. do_i . o_i has the rounding of o, which in
+  // half precision is common to a row: a float32 gradient that sums the row's scores would show it.
+  void sum_delta() {
+    constexpr int keys = kKeyBlock<A>;
+    const AttentionShape& s = p_.shape;
+    const int64_t rows = s.batch * s.q_heads * s.q_len;
+    const int64_t blocks = (s.q_len + kQueryBlock - 1) / kQueryBlock;
+    std::vector<A> zeros(rows, A(0));
+    AttentionGrads g{};  // d logit with delta 0 is p dp
+    g.dout = g_.dout;
+    g.delta = zeros.data();
+    std::vector<A> sums(rows, A(0));
+    parallel_dynamic(s.batch * s.q_heads * blocks, plan_.threads, [&](int64_t n, int) {
+      const int64_t head = n / blocks, b = head / s.q_heads, h = head % s.q_heads;
+      const int64_t i = n % blocks * kQueryBlock;
+      const int count = int(std::min<int64_t>(kQueryBlock, s.q_len - i));
+      BackwardTile<T> tile(p_, g, {false, false, false, false, true}, scratch_of_this_thread());
+      double total[kQueryBlock] = {};
+      const KeyRange seen = p_.mask.any_keys(i, i + count, s.k_len);
+      for (int64_t j = seen.begin / keys * keys; j < seen.end; j += keys) {
+        const int width = int(std::min<int64_t>(keys, s.k_len - j));
+        tile.load_keys(b, h / s.group(), j, width);
+        tile.load_queries(h, i, count);
+        for (int r = 0; r < count; ++r)
+          total[r] = std::accumulate(tile.dlogit(r), tile.dlogit(r) + width, total[r]);
+      }
+      std::copy_n(total, count, sums.data() + head * s.q_len + i);
+    });
+    std::copy_n(sums.data(), rows, static_cast<A*>(g_.delta));
   }
 
   void sweep(const Wanted wanted) {
@@ -179,8 +211,7 @@ class Backward {
       const int64_t head = n / chunks, b = head / s.q_heads, h = head % s.q_heads;
       const int64_t begin = (chunks - 1 - n % chunks) * queries;  // causal: the most keys first
       const int64_t end = std::min(s.q_len, begin + queries);
-      BackwardTile<T> tile(p_, g_, {true, false, false, false, false},
-                           scratch_of_this_thread());
+      BackwardTile<T> tile(p_, g_, {true, false, false, false, false}, scratch_of_this_thread());
       std::vector<A> dq(size_t(end - begin) * d_cols_);
       const KeyRange seen = p_.mask.any_keys(begin, end, s.k_len);
       for (int64_t j = seen.begin / keys * keys; j < seen.end; j += keys) {

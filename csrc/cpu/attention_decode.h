@@ -17,7 +17,7 @@ class DecodeTile {
   using V = Vec<A>;
   static constexpr int w = V::kWidth;
   static constexpr int kKeys = 32;  // keys between two visits to the online softmax
-  static constexpr int kChunk = w * Compute::kDepth;         // numbers of a key in one vector
+  static constexpr int kChunk = w * Compute::kDepth;          // numbers of a key in one vector
   static constexpr int kRows = w >= 16 ? 4 : w >= 8 ? 2 : 1;  // queries that share a load
 
  public:
@@ -51,8 +51,8 @@ class DecodeTile {
     // Where a conversion would serve few queries it is done on the way, each time anew.
     const bool as_is = std::is_same_v<T, A> || Compute::kDepth == 2;
     const bool k_direct = k.col == 1 && s.head_dim % kChunk == 0 && (as_is || rows_ <= kRows);
-    const bool v_direct = v.col == 1 && s.v_dim % (4 * w) == 0 &&
-                          (std::is_same_v<T, A> || rows_ <= kRows);
+    const bool v_direct =
+        v.col == 1 && s.v_dim % (4 * w) == 0 && (std::is_same_v<T, A> || rows_ <= kRows);
     for (int64_t j = keys.begin; j < keys.end; j += kKeys) {
       const int n = int(std::min<int64_t>(kKeys, keys.end - j));
       const Source<T> kj{k.at(j, 0), k.row, k.col}, vj{v.at(j, 0), v.row, v.col};
@@ -66,9 +66,8 @@ class DecodeTile {
       }
       const bool hides = p_.bias || j < full.begin || j + n > full.end;
       const bool spoils = hides && !all_finite(vj, n, int(s.v_dim));
-      softmax_.block(
-          scores_, scores_, kKeys, 0, rows_, j, n, int(round_up(n, w)), spoils,
-          QueriesOfGroup<A>{mods.data(), s.q_len});
+      softmax_.block(scores_, scores_, kKeys, 0, rows_, j, n, int(round_up(n, w)), spoils,
+                     QueriesOfGroup<A>{mods.data(), s.q_len});
       if (v_direct && !spoils) {
         accumulate(vj, n, last ? 0 : kKeys * v.row);
       } else {

@@ -81,8 +81,8 @@ class ForwardTile {
     const ptrdiff_t k_stride = ptrdiff_t(d_elems_) * kWide;
     mod.prefetch(i + r0, rows, j + begin, end - begin);
     tile_product<Into::kStore, Compute>({q_ + ptrdiff_t(r0) * d_elems_, d_elems_, 1},
-                          {k_ + begin / kWide * k_stride, k_stride}, scores_, kKeyBlock, rows,
-                          panels, d_elems_);
+                                        {k_ + begin / kWide * k_stride, k_stride}, scores_,
+                                        kKeyBlock, rows, panels, d_elems_);
     const QueriesOfHead<A> query{mod, i + r0};
     softmax_.block(scores_, probs_, kKeyBlock, r0, rows, j + begin, end - begin, width, spoils,
                    query);

@@ -14,33 +14,40 @@ struct Moments {
   double mean, variance;  // RMS: 0 and the mean square
 };
 
-// Mean and variance of a row in one walk through memory: two passes over each block while it is in
-// the first-level cache, then the blocks are joined (Chan et al., 1979). Everything is relative to
-// the row's first number, so that a constant row has the variance 0 and its mean exactly.
+// Sums of x - centre and its square over n numbers of the first-level cache.
+template <typename T>
+FASTATTN_INLINE std::array<Acc<T>, 2> sums_around(Acc<T> centre, const T* x, int64_t n) {
+  using A = Acc<T>;
+  const Vec<A> centres = set1(centre);
+  return sum_vectors<T, 2>(n, [&](Vec<A>(&acc)[2], int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+    const Vec<A> d = lanes.keep(lanes.load(x + j) - centres, A(0));
+    acc[0] = acc[0] + d;
+    acc[1] = fma(d, d, acc[1]);
+  });
+}
+
+// Mean and variance of a row in one walk through memory, block by block, the blocks joined as Chan
+// et al. (1979) do. Everything is relative to the row's first number, so that a constant row has
+// the variance 0 and its mean exactly. A block's sums are taken around the mean of its first
+// numbers; where that is far from the block's own, which would cost digits of the variance, around
+// that.
 template <typename T>
 FASTATTN_NOINLINE Moments moments(const T* x, int64_t n) {
   using A = Acc<T>;
+  constexpr int64_t kHead = 4 * Vec<A>::kWidth;
   const A pivot = to_acc(x[0]);
-  const Vec<A> pivots = set1(pivot);
   double mean = 0, squares = 0;  // of x - pivot, over the blocks so far
   for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const int64_t m = std::min(kBlock, n - begin);
+    const int64_t m = std::min(kBlock, n - begin), head = std::min(kHead, m);
     const T* block = x + begin;
-
-    const auto [sum] = sum_vectors<T, 1>(
-        m, [&](Vec<A>(&acc)[1], int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
-          acc[0] = acc[0] + lanes.keep(lanes.load(block + j) - pivots, A(0));
-        });
-    // The second pass is around this centre, and corrects for its rounding.
-    const A centre = pivot + sum / A(m);
-
-    const Vec<A> centres = set1(centre);
-    const auto [first, second] = sum_vectors<T, 2>(
-        m, [&](Vec<A>(&acc)[2], int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
-          const Vec<A> d = lanes.keep(lanes.load(block + j) - centres, A(0));
-          acc[0] = acc[0] + d;
-          acc[1] = fma(d, d, acc[1]);
-        });
+    A centre = pivot + sums_around(pivot, block, head)[0] / A(head);
+    auto [first, second] = sums_around(centre, block, m);
+    if (first * first > A(m) * second / 4) {
+      centre = centre + first / A(m);
+      const auto again = sums_around(centre, block, m);
+      first = again[0];
+      second = again[1];
+    }
     const double s1 = first, s2 = second;
     const double block_mean = (double(centre) - double(pivot)) + s1 / double(m);
     const double delta = block_mean - mean, share = double(m) / double(begin + m);
@@ -57,12 +64,12 @@ FASTATTN_NOINLINE Moments mean_square(const T* x, int64_t n) {
   using A = Acc<T>;
   double squares = 0;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const auto [sum] = sum_vectors<T, 1>(
-        std::min(kBlock, n - begin),
-        [&](Vec<A>(&acc)[1], int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
-          const Vec<A> v = lanes.load(x + begin + j);
-          acc[0] = fma(v, v, acc[0]);
-        });
+    const auto [sum] =
+        sum_vectors<T, 1>(std::min(kBlock, n - begin),
+                          [&](Vec<A>(&acc)[1], int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+                            const Vec<A> v = lanes.load(x + begin + j);
+                            acc[0] = fma(v, v, acc[0]);
+                          });
     squares += sum;
   }
   return {0, squares / double(n)};
@@ -70,7 +77,8 @@ FASTATTN_NOINLINE Moments mean_square(const T* x, int64_t n) {
 
 // h = residual + dropout(x), rounded as stored: what is normalised is what the backward will see.
 template <typename T>
-FASTATTN_NOINLINE void add_row(T* h, const T* residual, const T* x, const Dropout& dropout, int64_t row, int64_t n) {
+FASTATTN_NOINLINE void add_row(T* h, const T* residual, const T* x, const Dropout& dropout,
+                               int64_t row, int64_t n) {
   using A = Acc<T>;
   A factor[kBlock];
   for (int64_t begin = 0; begin < n; begin += kBlock) {
@@ -205,8 +213,8 @@ struct BackwardRow {
 // First pass over kRows rows at once, so that dweight, dbias and the weights are loaded once for
 // all: sum_g = sum(g), sum_gd = sum(g d), dweight += dy x_hat, dbias += dy.
 template <typename T, int kRows, bool kPartials>
-FASTATTN_NOINLINE void backward_sums(BackwardRow<T>* rows, const Acc<T>* weight, Acc<T>* dweight, Acc<T>* dbias,
-                   int64_t n) {
+FASTATTN_NOINLINE void backward_sums(BackwardRow<T>* rows, const Acc<T>* weight, Acc<T>* dweight,
+                                     Acc<T>* dbias, int64_t n) {
   using A = Acc<T>;
   Vec<A> mean[kRows], rstd[kRows];
   const T *x[kRows], *dy[kRows];
@@ -259,16 +267,21 @@ FASTATTN_NOINLINE void backward_sums(BackwardRow<T>* rows, const Acc<T>* weight,
 //   dh = rstd (g - mean(g) - x_hat mean(g x_hat)) + dnew_residual;  RMS: without mean(g)
 //   dresidual = dh, dx = dropout(dh)
 template <typename T>
-FASTATTN_NOINLINE void backward_row(const BackwardRow<T>& row, const LayerNormParams& p, const LayerNormGrads& grads,
-                  const Acc<T>* weight, int64_t index, const BackwardRow<T>& next,
-                  bool past_cache) {
+FASTATTN_NOINLINE void backward_row(const BackwardRow<T>& row, const LayerNormParams& p,
+                                    const LayerNormGrads& grads, const Acc<T>* weight,
+                                    int64_t index, const BackwardRow<T>& next, bool past_cache) {
   using A = Acc<T>;
   const int64_t n = p.width;
-  // A row of one number is its own mean: exactly no gradient, which rounding would blow up by rstd.
-  const double rstd = n == 1 && !p.rms ? 0.0 : double(row.rstd);
+  double rstd = row.rstd, pull = -rstd * rstd * rstd * row.sum_gd / double(n);
+  if (n == 1) {
+    // A row of one number is its own mean, or but for eps its own root mean square: what is left of
+    // the gradient, eps rstd^3 g if anything, would be lost in the difference of the two terms.
+    rstd = p.rms ? rstd * rstd * rstd * p.eps : 0.0;
+    pull = 0;
+  }
   const Vec<A> mean = set1(row.mean), scale = set1(A(rstd));
   const Vec<A> mean_g = set1(p.rms ? A(0) : A(row.sum_g / double(n)));
-  const Vec<A> slope = set1(A(-rstd * rstd * rstd * row.sum_gd / double(n)));
+  const Vec<A> slope = set1(A(pull));
   const auto through_norm = [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
     prefetch(next.x + j);
     prefetch(next.dy + j);

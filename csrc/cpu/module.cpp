@@ -94,10 +94,10 @@ void bind_layer_norm_forward(const py::tuple& sizes, const py::object& x,
 
 // outputs: dx, dresidual, dweight, dbias; 0 where not asked for.
 void bind_layer_norm_backward(const py::tuple& sizes, const py::object& x,
-                              const py::tuple& addresses, const py::object& dropped,
+                              const py::tuple& addresses, double eps, const py::object& dropped,
                               const py::object& dy, const py::object& dnew_residual,
                               const py::tuple& outputs) {
-  const LayerNormParams p = layer_norm_params(sizes, x, py::none(), addresses, 0, dropped);
+  const LayerNormParams p = layer_norm_params(sizes, x, py::none(), addresses, eps, dropped);
   int64_t out[4];
   int_tuple(outputs, "outputs", out);
   LayerNormGrads grads{};

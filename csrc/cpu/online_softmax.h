@@ -181,8 +181,8 @@ class OnlineSoftmax {
       // What rounding takes off is carried along (Knuth's two-sum; exact with fused products).
       const V rescaled = factor * before, now = rescaled + block;
       const V part = now - rescaled;
-      const V lost = fma(factor, before, zero<A>() - rescaled) +
-                     ((rescaled - (now - part)) + (block - part));
+      const V lost =
+          fma(factor, before, zero<A>() - rescaled) + ((rescaled - (now - part)) + (block - part));
       store_n(sum_ + r0 + r, now, live);
       store_n(sum_low_ + r0 + r, fma(factor, load_n(sum_low_ + r0 + r, live), lost), live);
     }
@@ -191,7 +191,7 @@ class OnlineSoftmax {
   const AttentionParams& p_;
   const bool modified_;
   A *max_, *sum_, *sum_low_, *factor_;  // of the tile
-  A *reference_, *lanes_;    // of the block: maxima, and per-lane maxima or sums
+  A *reference_, *lanes_;               // of the block: maxima, and per-lane maxima or sums
   A* bias_;
   uint32_t* words_;
   bool* visible_;

@@ -116,8 +116,8 @@ constexpr int kUnroll = 4;
 constexpr int kUnroll = 1;  // the compiler has its hands full with the portable vector
 #endif
 
-// Calls body(slot, j, lanes) for each vector of n numbers, in the order of T; `slot` is a compile-time
-// 0 .. kUnroll - 1, for the accumulators.
+// Calls body(slot, j, lanes) for each vector of n numbers, in the order of T; `slot` is a
+// compile-time 0 .. kUnroll - 1, for the accumulators.
 template <typename T, typename Body>
 FASTATTN_INLINE void each_vector(int64_t n, const Body& body) {
   constexpr int64_t w = Vec<Acc<T>>::kWidth;
@@ -163,9 +163,8 @@ FASTATTN_INLINE std::array<Acc<T>, kSums> sum_vectors(int64_t n, const Add& add)
     for (auto& sums : recent)
       for (Vec<A>& sum : sums) sum = zero<A>();
     each_vector<T>(std::min(kRun, n - begin),
-                   [&](auto slot, int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
-                     add(recent[slot], begin + j, lanes);
-                   });
+                   [&](auto slot, int64_t j, auto lanes)
+                       FASTATTN_INLINE_LAMBDA { add(recent[slot], begin + j, lanes); });
     for (int k = 0; k < kSums; ++k) {
       Vec<A> sum = recent[0][k];
       if constexpr (kUnroll == 4) sum = (sum + recent[1][k]) + (recent[2][k] + recent[3][k]);
@@ -336,7 +335,8 @@ void with_type(DType dtype, const F& f) {
 // dropped, 1 / (1 - p) where it is kept. Element (row, col) has word col & 3 of the counter
 // (col >> 2, row, row >> 32, 0). The loop over `kLanes` counters is there to be vectorised.
 template <typename A>
-FASTATTN_NOINLINE void dropout_factors(A* factor, const Dropout& dropout, int64_t row, int64_t begin, int64_t n) {
+FASTATTN_NOINLINE void dropout_factors(A* factor, const Dropout& dropout, int64_t row,
+                                       int64_t begin, int64_t n) {
   constexpr int kLanes = 16;
   const uint32_t threshold = dropout_threshold(dropout.p);
   const A kept = dropout.p < 1 ? A(1 / (1 - dropout.p)) : A(0);

@@ -100,8 +100,8 @@ FASTATTN_NOINLINE A load_scores(A* s, const void* data, const A* mask, A scale, 
 template <typename A, int64_t kSize>
 FASTATTN_NOINLINE A exponentials(A* e, const A* s, A base, int64_t n, const char* next) {
   const Vec<A> bases = set1(base);
-  const auto [sum] = sum_vectors<A, 1>(
-      n, [&](Vec<A>(&acc)[1], int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+  const auto [sum] =
+      sum_vectors<A, 1>(n, [&](Vec<A>(&acc)[1], int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
         prefetch(next + j * kSize);
         const Vec<A> v = exp_of(lanes.load(s + j) - bases);
         if (e) lanes.store(e + j, v);
@@ -119,7 +119,8 @@ struct Finish {
 };
 
 template <typename Order, typename Out, typename A = Acc<Out>>
-FASTATTN_NOINLINE void finish(void* out, const A* s, const Finish<A>& how, int64_t n, bool past_cache) {
+FASTATTN_NOINLINE void finish(void* out, const A* s, const Finish<A>& how, int64_t n,
+                              bool past_cache) {
   Out* y = static_cast<Out*>(out);
   const Vec<A> maximum = set1(how.maximum), factor = set1(how.factor);
   switch (how.kind) {
@@ -163,8 +164,8 @@ struct RowSum {
   }
 };
 
-// Compiled once for all that rows are stored as, but for kSize, the bytes of a number of x: load is a
-// load_scores, store a finish.
+// Compiled once for all that rows are stored as, but for kSize, the bytes of a number of x: load is
+// a load_scores, store a finish.
 template <typename A, int64_t kSize>
 void forward_rows(const SoftmaxParams& p, A (*load)(A*, const void*, const A*, A, int64_t),
                   void (*store)(void*, const A*, const Finish<A>&, int64_t, bool)) {
@@ -172,56 +173,59 @@ void forward_rows(const SoftmaxParams& p, A (*load)(A*, const void*, const A*, A
   const int64_t n = p.width, rows = p.rows.count(), bytes = rows * n * y_size;
   const bool past_cache = bytes >= kStreamBytes, keep = n <= kKeptScores;
   if (past_cache) expect_large_write(p.y, bytes);
-  parallel_static(rows, useful_threads(p.threads, rows * n), [=, &p](int64_t begin, int64_t end, int) {
-    const std::unique_ptr<A[]> kept = scratch<A>(keep ? n : kBlock);
-    const std::unique_ptr<A[]> bases = scratch<A>(n / kBlock + 1);
-    MaskRun<A> mask_run(p, kBlock);
-    const A scale = A(p.scale);
-    for (int64_t row = begin; row < end; ++row) {
-      const char* x = static_cast<const char*>(p.x.data) + p.rows.offset(row, p.x) * kSize;
-      const char* next = row + 1 < end ? static_cast<const char*>(p.x.data) +
-                                             p.rows.offset(row + 1, p.x) * kSize
-                                       : x;
-      const int64_t mask_row = p.mask ? p.rows.offset(row, p.mask) : 0;
-      char* y = static_cast<char*>(p.y) + row * n * y_size;
-      const auto load_block = [&](int64_t first, int64_t m) {
-        const A* mask = nullptr;
-        if (p.mask) mask = mask_run.at(mask_row + first * p.mask.stride[3], p.mask.stride[3], m);
-        return load(kept.get() + (keep ? first : 0), x + first * kSize, mask, scale, m);
-      };
+  parallel_static(
+      rows, useful_threads(p.threads, rows * n), [=, &p](int64_t begin, int64_t end, int) {
+        const std::unique_ptr<A[]> kept = scratch<A>(keep ? n : kBlock);
+        const std::unique_ptr<A[]> bases = scratch<A>(n / kBlock + 1);
+        MaskRun<A> mask_run(p, kBlock);
+        const A scale = A(p.scale);
+        for (int64_t row = begin; row < end; ++row) {
+          const char* x = static_cast<const char*>(p.x.data) + p.rows.offset(row, p.x) * kSize;
+          const char* next = row + 1 < end ? static_cast<const char*>(p.x.data) +
+                                                 p.rows.offset(row + 1, p.x) * kSize
+                                           : x;
+          const int64_t mask_row = p.mask ? p.rows.offset(row, p.mask) : 0;
+          char* y = static_cast<char*>(p.y) + row * n * y_size;
+          const auto load_block = [&](int64_t first, int64_t m) {
+            const A* mask = nullptr;
+            if (p.mask)
+              mask = mask_run.at(mask_row + first * p.mask.stride[3], p.mask.stride[3], m);
+            return load(kept.get() + (keep ? first : 0), x + first * kSize, mask, scale, m);
+          };
 
-      RowSum<A> sum;
-      for (int64_t first = 0; first < n; first += kBlock) {
-        const int64_t m = std::min(kBlock, n - first);
-        const A top = load_block(first, m), base = safe_base(top);
-        A* s = kept.get() + (keep ? first : 0);
-        bases[first / kBlock] = base;
-        sum.join(top, exponentials<A, kSize>(p.log || !keep ? nullptr : s, s, base, m,
-                                      next + first * kSize));
-      }
-      const bool masked = p.mask && sum.empty();  // everything
-      // y = exp(s - m) / total, of which the blocks hold exp(s - base); log: (s - m) - log(total)
-      const A m = sum.maximum;
-      const double inverse = m == -kInfinity<A> ? double(kNaN<A>) : 1 / sum.total;
-      for (int64_t first = 0; first < n; first += kBlock) {
-        const int64_t count = std::min(kBlock, n - first);
-        if (!keep) load_block(first, count);
-        A* s = kept.get() + (keep ? first : 0);
-        Finish<A> how{Finish<A>::kExponential, m, A(inverse)};
-        if (masked) {
-          std::fill_n(s, count, p.log ? -kInfinity<A> : A(0));
-          how = {Finish<A>::kScaled, m, 1};
-        } else if (p.log) {
-          how = {Finish<A>::kLog, m, A(std::log(sum.total))};
-        } else if (keep) {
-          const double base = bases[first / kBlock];
-          how = {Finish<A>::kScaled, m, A(base == m ? inverse : std::exp(base - m) * inverse)};
+          RowSum<A> sum;
+          for (int64_t first = 0; first < n; first += kBlock) {
+            const int64_t m = std::min(kBlock, n - first);
+            const A top = load_block(first, m), base = safe_base(top);
+            A* s = kept.get() + (keep ? first : 0);
+            bases[first / kBlock] = base;
+            sum.join(top, exponentials<A, kSize>(p.log || !keep ? nullptr : s, s, base, m,
+                                                 next + first * kSize));
+          }
+          const bool masked = p.mask && sum.empty();  // everything
+          // y = exp(s - m) / total, of which the blocks hold exp(s - base); log: (s - m) -
+          // log(total)
+          const A m = sum.maximum;
+          const double inverse = m == -kInfinity<A> ? double(kNaN<A>) : 1 / sum.total;
+          for (int64_t first = 0; first < n; first += kBlock) {
+            const int64_t count = std::min(kBlock, n - first);
+            if (!keep) load_block(first, count);
+            A* s = kept.get() + (keep ? first : 0);
+            Finish<A> how{Finish<A>::kExponential, m, A(inverse)};
+            if (masked) {
+              std::fill_n(s, count, p.log ? -kInfinity<A> : A(0));
+              how = {Finish<A>::kScaled, m, 1};
+            } else if (p.log) {
+              how = {Finish<A>::kLog, m, A(std::log(sum.total))};
+            } else if (keep) {
+              const double base = bases[first / kBlock];
+              how = {Finish<A>::kScaled, m, A(base == m ? inverse : std::exp(base - m) * inverse)};
+            }
+            store(y + first * y_size, s, how, count, past_cache);
+          }
         }
-        store(y + first * y_size, s, how, count, past_cache);
-      }
-    }
-    stream_fence();
-  });
+        stream_fence();
+      });
 }
 
 // dx = scale y (dy - sum(y dy)); log: dx = scale (dy - exp(y) sum(dy)), 0 where y = -inf (masked).
@@ -255,14 +259,14 @@ void backward_rows(const SoftmaxGrads& p) {
       }
       const Vec<A> dot = set1(A(total));
       write_row<Order>(static_cast<Dx*>(p.dx) + row * n, n, past_cache,
-                [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
-                  prefetch(next_y + j);
-                  prefetch(next_dy + j);
-                  const Vec<A> v = lanes.load(y + j), up = lanes.load(dy + j);
-                  if constexpr (!kLog) return v * (up - dot) * scale;
-                  const Vec<A> d = scale * (up - accurate_exp_of(v) * dot);
-                  return select(equal(v, masked), zero<A>(), d);
-                });
+                       [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+                         prefetch(next_y + j);
+                         prefetch(next_dy + j);
+                         const Vec<A> v = lanes.load(y + j), up = lanes.load(dy + j);
+                         if constexpr (!kLog) return v * (up - dot) * scale;
+                         const Vec<A> d = scale * (up - accurate_exp_of(v) * dot);
+                         return select(equal(v, masked), zero<A>(), d);
+                       });
     }
     stream_fence();
   });
@@ -330,7 +334,8 @@ FASTATTN_NOINLINE void add_columns(A* sum, A* s, const A* base, int64_t n) {
 
 // log ? (s - base) - factor : s factor
 template <typename Out, typename A = Acc<Out>>
-FASTATTN_NOINLINE void finish_columns(void* out, const A* s, const A* base, const A* factor, bool log, int64_t n) {
+FASTATTN_NOINLINE void finish_columns(void* out, const A* s, const A* base, const A* factor,
+                                      bool log, int64_t n) {
   Out* y = static_cast<Out*>(out);
   if (log)
     write_row<A>(y, n, false, [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
@@ -344,8 +349,7 @@ FASTATTN_NOINLINE void finish_columns(void* out, const A* s, const A* base, cons
 
 // Compiled once, as forward_rows: read is a load_columns, write a finish_columns.
 template <typename A>
-void forward_columns(const SoftmaxParams& p,
-                     void (*read)(A*, const void*, const A*, A, int64_t),
+void forward_columns(const SoftmaxParams& p, void (*read)(A*, const void*, const A*, A, int64_t),
                      void (*write)(void*, const A*, const A*, const A*, bool, int64_t)) {
   const int64_t x_size = size_of(p.x_dtype), y_size = size_of(p.y_dtype);
   const int64_t n = p.width, at_once = columns_at_once(n, p.inner);
@@ -364,8 +368,7 @@ void forward_columns(const SoftmaxParams& p,
       const int64_t count = std::min(at_once, p.inner - column);
       const char* x =
           static_cast<const char*>(p.x.data) + (p.rows.offset(row, p.x) + column) * x_size;
-      const int64_t mask_row =
-          p.mask ? p.rows.offset(row, p.mask) + column * p.mask_inner : 0;
+      const int64_t mask_row = p.mask ? p.rows.offset(row, p.mask) + column * p.mask_inner : 0;
       char* y = static_cast<char*>(p.y) + (row * n * p.inner + column) * y_size;
       const auto scores = [&](int64_t d) { return kept.get() + (keep ? d * at_once : 0); };
       const auto load = [&](int64_t d) {
@@ -437,12 +440,14 @@ void backward_columns(const SoftmaxGrads& p) {
       }
       for (int64_t d = 0; d < n; ++d) {
         const T *v = y + d * p.y.stride[3], *up = dy + d * p.dy.stride[3];
-        write_row<A>(dx + d * p.inner, count, false, [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
-          const Vec<A> out = lanes.load(v + j), g = lanes.load(up + j), total = lanes.load(dot.sums() + j);
-          if constexpr (!kLog) return out * (g - total) * scale;
-          const Vec<A> gradient = scale * (g - accurate_exp_of(out) * total);
-          return select(equal(out, masked), zero<A>(), gradient);
-        });
+        write_row<A>(dx + d * p.inner, count, false,
+                     [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+                       const Vec<A> out = lanes.load(v + j), g = lanes.load(up + j),
+                                    total = lanes.load(dot.sums() + j);
+                       if constexpr (!kLog) return out * (g - total) * scale;
+                       const Vec<A> gradient = scale * (g - accurate_exp_of(out) * total);
+                       return select(equal(out, masked), zero<A>(), gradient);
+                     });
       }
     }
   });
@@ -454,8 +459,9 @@ template <typename In, typename Out, MaskKind kMask>
 void forward(const SoftmaxParams& p) {
   using A = Acc<In>;
   // A mask lies as it is, so do numbers of another type.
-  using Order = std::conditional_t<
-      kPaired<Out> && kMask == MaskKind::kNone && std::is_same_v<In, Out>, Out, A>;
+  using Order =
+      std::conditional_t<kPaired<Out> && kMask == MaskKind::kNone && std::is_same_v<In, Out>, Out,
+                         A>;
   if (p.inner == 1)
     forward_rows<A, sizeof(In)>(p, load_scores<Order, In, kMask>, finish<Order, Out>);
   else

@@ -174,8 +174,8 @@ inline typename Compute::Acc elem_value(const typename Compute::Elem* e, int par
   }
 }
 
-// Elements along K that are summed in one go; a longer product is summed by parts, which rounds less
-// than one long chain of additions does.
+// Elements along K that are summed in one go; a longer product is summed by parts, which rounds
+// less than one long chain of additions does.
 constexpr int kSumRun = kTileRows == 8 ? 16 : 32;
 
 // As tile_matmul, summed by parts.
@@ -191,8 +191,8 @@ inline void tile_product(Left<Compute> a, Panels<Compute> b, typename Compute::A
   }
 }
 
-// The same summed as decode sums along head_dim, bit for bit: lane l takes the elements l, l + w, ...,
-// and then the lanes are added as a tree.
+// The same summed as decode sums along head_dim, bit for bit: lane l takes the elements l, l + w,
+// ..., and then the lanes are added as a tree.
 template <typename A>
 FASTATTN_NOINLINE void tile_product_by_lanes(Left<Fma<A>> a, Panels<Fma<A>> b, A* c,
                                              ptrdiff_t c_row, int rows, int panels, int k_elems) {
@@ -204,7 +204,8 @@ FASTATTN_NOINLINE void tile_product_by_lanes(Left<Fma<A>> a, Panels<Fma<A>> b, A
       V sum[w];
       for (V& lane : sum) lane = zero<A>();
       for (int k = 0; k < k_elems; ++k)
-        sum[k % w] = fma(set1(a.data[m * a.row + k * a.depth]), load(column + k * width), sum[k % w]);
+        sum[k % w] =
+            fma(set1(a.data[m * a.row + k * a.depth]), load(column + k * width), sum[k % w]);
       reduce_as_tree<w>(sum, [](V x, V y) { return x + y; });
       store(c + m * c_row + n, sum[0]);
     }
@@ -213,8 +214,9 @@ FASTATTN_NOINLINE void tile_product_by_lanes(Left<Fma<A>> a, Panels<Fma<A>> b, A
 // As tile_matmul, for tiles that hold NaN or infinity beside masked elements: a zero in A adds
 // nothing, where 0 * NaN would spoil rows that do not see the element. Slow, and seldom called.
 template <class Compute>
-FASTATTN_NOINLINE void tile_matmul_sparse(Left<Compute> a, Panels<Compute> b, typename Compute::Acc* c,
-                               ptrdiff_t c_row, int rows, int panels, int k_elems) {
+FASTATTN_NOINLINE void tile_matmul_sparse(Left<Compute> a, Panels<Compute> b,
+                                          typename Compute::Acc* c, ptrdiff_t c_row, int rows,
+                                          int panels, int k_elems) {
   using A = typename Compute::Acc;
   constexpr int width = kPanel<A>;
   for (int m = 0; m < rows; ++m)
@@ -269,8 +271,8 @@ FASTATTN_INLINE uint32_t make_pair(const bf16* first, const bf16* second) {
 
 // Left operand, row by row: (rows, cols) -> elements [row][round_up(cols, depth) / depth].
 template <class Compute, typename T>
-FASTATTN_NOINLINE void pack_rows(typename Compute::Elem* dst, ptrdiff_t dst_row, Source<T> s, int rows,
-                      int cols) {
+FASTATTN_NOINLINE void pack_rows(typename Compute::Elem* dst, ptrdiff_t dst_row, Source<T> s,
+                                 int rows, int cols) {
   using A = typename Compute::Acc;
   constexpr int w = Vec<A>::kWidth;
   for (int r = 0; r < rows; ++r, dst += dst_row) {
@@ -298,8 +300,8 @@ FASTATTN_NOINLINE void pack_rows(typename Compute::Elem* dst, ptrdiff_t dst_row,
 // Right operand whose K runs down the source's rows: B (k, n) = source (k, n), k < rows, n < cols.
 // Columns are padded with zeros to whole panels, k to whole elements.
 template <class Compute, typename T>
-FASTATTN_NOINLINE void pack_panels(typename Compute::Elem* dst, ptrdiff_t panel_stride, Source<T> s, int rows,
-                        int cols) {
+FASTATTN_NOINLINE void pack_panels(typename Compute::Elem* dst, ptrdiff_t panel_stride, Source<T> s,
+                                   int rows, int cols) {
   using A = typename Compute::Acc;
   constexpr int w = Vec<A>::kWidth, width = kPanel<A>;
   for (int n0 = 0; n0 < cols; n0 += width, dst += panel_stride) {
@@ -338,8 +340,8 @@ FASTATTN_NOINLINE void pack_panels(typename Compute::Elem* dst, ptrdiff_t panel_
 // Right operand whose K runs along the source's columns: B (k, n) = source (n, k), n < rows, k <
 // cols.
 template <class Compute, typename T>
-FASTATTN_NOINLINE void pack_panels_transposed(typename Compute::Elem* dst, ptrdiff_t panel_stride, Source<T> s,
-                                   int rows, int cols) {
+FASTATTN_NOINLINE void pack_panels_transposed(typename Compute::Elem* dst, ptrdiff_t panel_stride,
+                                              Source<T> s, int rows, int cols) {
   using A = typename Compute::Acc;
   using Elem = typename Compute::Elem;
   constexpr int w = Vec<A>::kWidth, width = kPanel<A>, depth = Compute::kDepth;

@@ -70,7 +70,7 @@ class RowKernels:
             _held_too, sizes, addresses = _weights(call, shape, mean, rstd)
             outputs = tuple(0 if dx is None else dx.data_ptr() for dx in grads)
             self.module.layer_norm_backward(
-                sizes, source_view, addresses, _dropout(call), dy_view, dnew_view, outputs
+                sizes, source_view, addresses, call.eps, _dropout(call), dy_view, dnew_view, outputs
             )
         else:
             for dx in grads:
