@@ -106,8 +106,14 @@ def _nobody_looks(args: tuple[Any, ...]) -> bool:
         and torch._C._get_tracing_state() is None
         and not torch.autograd._profiler_enabled()
         and _PLAIN.issuperset(map(type, args))
-        and not any(isinstance(x, Tensor) and (x.is_meta or x.is_neg()) for x in args)
+        and not any(isinstance(x, Tensor) and _is_virtual(x) for x in args)
     )
+
+
+def _is_virtual(x: Tensor) -> bool:
+    """A plain torch.Tensor whose numbers are not those at its address, or that has no address:
+    meta, a lazy negation, or one of a batch of gradients (``is_grads_batched``)."""
+    return x.is_meta or x.is_neg() or torch._C._functorch.is_legacy_batchedtensor(x)
 
 
 def _op(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Op]:

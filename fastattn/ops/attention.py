@@ -201,7 +201,9 @@ def op_arguments(
     if sinks is not None:
         sinks = sinks.to(statistics_dtype(q.dtype)).contiguous()
     if bias is not None and _needs_grad(bias) and _overlaps(bias):
-        bias = bias.contiguous()  # expanded by the caller: each element has a gradient of its own
+        # Expanded by the caller: each element has a gradient of its own. Not contiguous(), which
+        # leaves the strides of an empty tensor as they are.
+        bias = bias.clone(memory_format=torch.contiguous_format)
     seed = torch.randint(2**63 - 1, (), device=q.device) if dropout_p > 0.0 else None
     return q, k, v, bias, alibi_slopes, sinks, seed, scale, softcap, *mask, dropout_p
 
