@@ -112,8 +112,9 @@ def _nobody_looks(args: tuple[Any, ...]) -> bool:
 
 def _is_virtual(x: Tensor) -> bool:
     """A plain torch.Tensor whose numbers are not those at its address, or that has no address:
-    meta, a lazy negation, or one of a batch of gradients (``is_grads_batched``)."""
-    return x.is_meta or x.is_neg() or torch._C._functorch.is_legacy_batchedtensor(x)
+    meta, a lazy negation, a lazy zero, or a batch of gradients (``is_grads_batched``)."""
+    batched = torch._C._functorch.is_legacy_batchedtensor
+    return x.is_meta or x.is_neg() or x._is_zerotensor() or batched(x)
 
 
 def _op(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Op]:

@@ -46,7 +46,7 @@ def test_first_and_second_derivatives(backend, keywords):
         )
 
     inputs = leaves((2, 4, 3, 2), (2, 2, 5, 2), (2, 2, 5, 3), (4, 1, 5), (4,))
-    assert gradcheck(function, inputs, fast_mode=True)
+    assert gradcheck(function, inputs, fast_mode=True, check_batched_grad=True)
     assert gradgradcheck(function, inputs, fast_mode=True)
 
 
@@ -83,6 +83,9 @@ def test_gradient_of_an_expanded_bias(backend):
     (through,) = torch.autograd.grad(function(small.expand(2, 2, 3, 5)), small)
     (direct,) = torch.autograd.grad(function(small), small)
     torch.testing.assert_close(through, direct)
+    empty = full.detach()[:, :, :0].requires_grad_()  # keeps its strides of 0
+    out = fastattn.attention(q[:, :, :0], k, v, bias=empty, backend=backend)
+    assert torch.autograd.grad(out.sum(), empty)[0].shape == empty.shape
 
 
 @backends
@@ -228,6 +231,16 @@ def test_negative_view(backend):
     assert x.is_neg()
     expected = fastattn.attention(*[x.clone()] * 3, backend=backend)
     torch.testing.assert_close(fastattn.attention(x, x, x, backend=backend), expected)
+
+
+@backends
+def test_lazy_zeros(backend):
+    """Zeros that have no memory, which autograd makes where there is no gradient."""
+    x = torch._efficientzerotensor(2, 3, 4, 8)
+    expected = torch.zeros(2, 3, 4, 8)
+    assert torch.equal(fastattn.attention(x, x, x, backend=backend), expected)
+    assert torch.equal(fastattn.layer_norm(x, (8,), backend=backend), expected)
+    assert torch.equal(fastattn.softmax(x, backend=backend), expected + 1 / 8)
 
 
 # --------------------------------------------------------------------------- torch's own signature
