@@ -8,6 +8,13 @@ namespace fastattn {
 
 enum class DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3, kBool = 4 };
 
+inline int64_t size_of(DType dtype) {
+  return dtype == DType::kFloat64   ? 8
+         : dtype == DType::kFloat32 ? 4
+         : dtype == DType::kBool    ? 1
+                                    : 2;
+}
+
 // A strided view of a tensor of at most four dimensions; strides count elements.
 struct View {
   void* data = nullptr;
@@ -37,7 +44,9 @@ struct AttentionParams {
   AttentionShape shape;
   View q, k, v;
   View out;   // forward: written; backward: read
-  void* lse;  // (batch, q_heads, q_len), contiguous, statistics dtype
+  // (batch, q_heads, q_len), contiguous, statistics dtype: as out. lse_low is what rounding took off
+  // lse, so that their sum is twice as exact; the backward may have none.
+  void *lse, *lse_low;
   View bias;  // no data: no bias; stride 0 on broadcast dimensions
   DType bias_dtype;
   View alibi_slopes;      // (batch, q_heads), statistics dtype

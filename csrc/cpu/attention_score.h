@@ -35,10 +35,7 @@ struct ScoreMod {
   // Asks for the bias of queries [i, i + rows) and keys [j, j + n) to be brought near.
   void prefetch(int64_t i, int rows, int64_t j, int n) const {
     if (!p.bias || p.bias.stride[3] != 1) return;
-    const int64_t size = p.bias_dtype == DType::kFloat32   ? 4
-                         : p.bias_dtype == DType::kFloat64 ? 8
-                         : p.bias_dtype == DType::kBool    ? 1
-                                                           : 2;
+    const int64_t size = size_of(p.bias_dtype);
     for (int r = 0; r < rows; ++r)
       prefetch_bytes(static_cast<const char*>(p.bias.data) + offset(i + r, j) * size, n * size);
   }

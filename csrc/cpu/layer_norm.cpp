@@ -131,7 +131,7 @@ void forward(const LayerNormParams& p) {
     expect_large_write(p.y, bytes);
     if (p.new_residual) expect_large_write(p.new_residual, bytes);
   }
-  parallel_shares(rows, useful_threads(p.threads, rows * n), [&](int64_t begin, int64_t end, int) {
+  parallel_static(rows, useful_threads(p.threads, rows * n), [&](int64_t begin, int64_t end, int) {
     for (int64_t row = begin; row < end; ++row) {
       const T* x = static_cast<const T*>(p.x.data) + p.rows.offset(row, p.x);
       const T* next =
@@ -362,7 +362,7 @@ void backward(const LayerNormParams& p, const LayerNormGrads& grads) {
   const int threads = int(std::min<int64_t>(useful_threads(p.threads, rows * n), rows));
   std::vector<std::unique_ptr<Partials<A>>> partials(size_t(std::max(threads, 1)));
 
-  parallel_shares(rows, threads, [&](int64_t begin, int64_t end, int thread) {
+  parallel_static(rows, threads, [&](int64_t begin, int64_t end, int thread) {
     Partials<A>* mine = nullptr;
     if (want_partials) {
       partials[size_t(thread)] = std::make_unique<Partials<A>>(n);

@@ -9,6 +9,8 @@
 #include <thread>
 #include <vector>
 
+#include "vec.h"  // FASTATTN_NOINLINE
+
 #if !defined(_WIN32)
 #include <dlfcn.h>
 #include <unistd.h>
@@ -40,16 +42,14 @@ inline GompParallel openmp() {
 }
 #endif
 
-// Calls body(thread) once for each thread in [0, threads), concurrently where it can. The bodies
-// must not wait for one another: fewer real threads than asked for may serve them.
-template <typename Body>
-void parallel(int threads, const Body& body) {
-  if (threads <= 1) {
-    body(0);
-    return;
-  }
+// Calls call(body, thread) once for each thread in [0, threads), concurrently where it can. The
+// calls must not wait for one another: fewer real threads than asked for may serve them.
+FASTATTN_NOINLINE inline void parallel(int threads, void (*call)(const void* body, int thread),
+                                       const void* body) {
+  if (threads <= 1) return call(body, 0);
   struct Team {
-    const Body& body;
+    void (*const call)(const void*, int);
+    const void* const body;
     const int threads;
     std::atomic<int> next{0};
     std::mutex mutex{};
@@ -58,14 +58,14 @@ void parallel(int threads, const Body& body) {
     void work() {
       for (int t; (t = next.fetch_add(1, std::memory_order_relaxed)) < threads;) {
         try {
-          body(t);
+          call(body, t);
         } catch (...) {
           const std::lock_guard<std::mutex> lock(mutex);
           if (!error) error = std::current_exception();
         }
       }
     }
-  } team{body, threads};
+  } team{call, body, threads};
   const auto enter = [](void* p) { static_cast<Team*>(p)->work(); };
   if (const GompParallel run = openmp()) {
     run(enter, &team, unsigned(threads), 0);
@@ -76,6 +76,13 @@ void parallel(int threads, const Body& body) {
     for (std::thread& helper : helpers) helper.join();
   }
   if (team.error) std::rethrow_exception(team.error);
+}
+
+// body(thread) for each thread; all of the above is compiled once for bodies of all types.
+template <typename Body>
+void parallel(int threads, const Body& body) {
+  const auto call = [](const void* p, int thread) { (*static_cast<const Body*>(p))(thread); };
+  parallel(threads, call, &body);
 }
 
 // Calls body(item, thread) for each item in [0, items), in order of index, each taken by the next

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
-#include <functional>
 #include <memory>
 #include <type_traits>
 
@@ -14,14 +13,6 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
-#endif
-
-#if defined(_MSC_VER)
-#define FASTATTN_INLINE_LAMBDA
-#define FASTATTN_NOINLINE __declspec(noinline)
-#else
-#define FASTATTN_NOINLINE __attribute__((noinline))  // spares compile time, not run time
-#define FASTATTN_INLINE_LAMBDA __attribute__((always_inline))
 #endif
 
 namespace fastattn {
@@ -270,12 +261,6 @@ inline void expect_large_write(void* p, int64_t bytes) {
 inline int useful_threads(int threads, int64_t numbers) {
   constexpr int64_t kGrain = 16384;
   return int(std::clamp<int64_t>(numbers / kGrain, 1, std::max(threads, 1)));
-}
-
-// parallel_static for bodies of many types: compiled once.
-using Share = std::function<void(int64_t begin, int64_t end, int thread)>;
-inline void parallel_shares(int64_t items, int threads, const Share& body) {
-  parallel_static(items, threads, body);
 }
 
 // ---- conversions -------------------------------------------------------------------------------

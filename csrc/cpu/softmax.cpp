@@ -28,11 +28,7 @@ class MaskRun {
   }
   // n of them from `offset`, `stride` apart.
   const A* at(int64_t offset, int64_t stride, int64_t n) {
-    const int64_t size = p_.mask_dtype == DType::kBool      ? 1
-                         : p_.mask_dtype == DType::kFloat64 ? 8
-                         : p_.mask_dtype == DType::kFloat32 ? 4
-                                                            : 2;
-    const char* data = static_cast<const char*>(p_.mask.data) + offset * size;
+    const char* data = static_cast<const char*>(p_.mask.data) + offset * size_of(p_.mask_dtype);
     if (direct() && stride == 1) return reinterpret_cast<const A*>(data);
     if (!own_) own_ = scratch<A>(kBlock);
     // A mask that is broadcast over rows is converted once.
@@ -86,7 +82,8 @@ A safe_base(A maximum) {
 
 // s = the scores of n numbers, in the given order; their maximum.
 template <typename Order, typename In, MaskKind kMask, typename A = Acc<In>>
-FASTATTN_NOINLINE A load_scores(A* s, const In* x, const A* mask, A scale, int64_t n) {
+FASTATTN_NOINLINE A load_scores(A* s, const void* data, const A* mask, A scale, int64_t n) {
+  const In* x = static_cast<const In*>(data);
   const Vec<A> low = set1(-kInfinity<A>), scales = set1(scale);
   Vec<A> top[kUnroll];
   for (Vec<A>& lane : top) lane = low;
@@ -99,13 +96,13 @@ FASTATTN_NOINLINE A load_scores(A* s, const In* x, const A* mask, A scale, int64
 }
 
 // e[j] = exp(s[j] - base) and their sum; e may be s, or null where only the sum counts. Meanwhile
-// fetches the numbers at `next`, `size` bytes each.
-template <typename A>
-FASTATTN_NOINLINE A exponentials(A* e, const A* s, A base, int64_t n, const char* next, int64_t size) {
+// fetches the numbers at `next`, kSize bytes each.
+template <typename A, int64_t kSize>
+FASTATTN_NOINLINE A exponentials(A* e, const A* s, A base, int64_t n, const char* next) {
   const Vec<A> bases = set1(base);
   const auto [sum] = sum_vectors<A, 1>(
       n, [&](Vec<A>(&acc)[1], int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
-        prefetch(next + j * size);
+        prefetch(next + j * kSize);
         const Vec<A> v = exp_of(lanes.load(s + j) - bases);
         if (e) lanes.store(e + j, v);
         acc[0] = acc[0] + lanes.keep(v, A(0));
@@ -122,7 +119,8 @@ struct Finish {
 };
 
 template <typename Order, typename Out, typename A = Acc<Out>>
-FASTATTN_NOINLINE void finish(Out* y, const A* s, const Finish<A>& how, int64_t n, bool past_cache) {
+FASTATTN_NOINLINE void finish(void* out, const A* s, const Finish<A>& how, int64_t n, bool past_cache) {
+  Out* y = static_cast<Out*>(out);
   const Vec<A> maximum = set1(how.maximum), factor = set1(how.factor);
   switch (how.kind) {
     case Finish<A>::kScaled:
@@ -165,32 +163,31 @@ struct RowSum {
   }
 };
 
-template <typename In, typename Out, MaskKind kMask>
-void forward_rows(const SoftmaxParams& p) {
-  using A = Acc<In>;
-  // A mask lies as it is, so do numbers of another type.
-  using Order = std::conditional_t<
-      kPaired<Out> && kMask == MaskKind::kNone && std::is_same_v<In, Out>, Out, A>;
-  const int64_t n = p.width, rows = p.rows.count(), bytes = rows * n * int64_t(sizeof(Out));
+// Compiled once for all that rows are stored as, but for kSize, the bytes of a number of x: load is a
+// load_scores, store a finish.
+template <typename A, int64_t kSize>
+void forward_rows(const SoftmaxParams& p, A (*load)(A*, const void*, const A*, A, int64_t),
+                  void (*store)(void*, const A*, const Finish<A>&, int64_t, bool)) {
+  const int64_t y_size = size_of(p.y_dtype);
+  const int64_t n = p.width, rows = p.rows.count(), bytes = rows * n * y_size;
   const bool past_cache = bytes >= kStreamBytes, keep = n <= kKeptScores;
   if (past_cache) expect_large_write(p.y, bytes);
-  parallel_shares(rows, useful_threads(p.threads, rows * n), [&](int64_t begin, int64_t end, int) {
+  parallel_static(rows, useful_threads(p.threads, rows * n), [=, &p](int64_t begin, int64_t end, int) {
     const std::unique_ptr<A[]> kept = scratch<A>(keep ? n : kBlock);
     const std::unique_ptr<A[]> bases = scratch<A>(n / kBlock + 1);
     MaskRun<A> mask_run(p, kBlock);
     const A scale = A(p.scale);
     for (int64_t row = begin; row < end; ++row) {
-      const In* x = static_cast<const In*>(p.x.data) + p.rows.offset(row, p.x);
-      const In* next =
-          row + 1 < end ? static_cast<const In*>(p.x.data) + p.rows.offset(row + 1, p.x) : x;
-      const int64_t mask_row = kMask == MaskKind::kNone ? 0 : p.rows.offset(row, p.mask);
-      Out* y = static_cast<Out*>(p.y) + row * n;
+      const char* x = static_cast<const char*>(p.x.data) + p.rows.offset(row, p.x) * kSize;
+      const char* next = row + 1 < end ? static_cast<const char*>(p.x.data) +
+                                             p.rows.offset(row + 1, p.x) * kSize
+                                       : x;
+      const int64_t mask_row = p.mask ? p.rows.offset(row, p.mask) : 0;
+      char* y = static_cast<char*>(p.y) + row * n * y_size;
       const auto load_block = [&](int64_t first, int64_t m) {
         const A* mask = nullptr;
-        if constexpr (kMask != MaskKind::kNone)
-          mask = mask_run.at(mask_row + first * p.mask.stride[3], p.mask.stride[3], m);
-        return load_scores<Order, In, kMask>(kept.get() + (keep ? first : 0), x + first, mask,
-                                             scale, m);
+        if (p.mask) mask = mask_run.at(mask_row + first * p.mask.stride[3], p.mask.stride[3], m);
+        return load(kept.get() + (keep ? first : 0), x + first * kSize, mask, scale, m);
       };
 
       RowSum<A> sum;
@@ -199,27 +196,28 @@ void forward_rows(const SoftmaxParams& p) {
         const A top = load_block(first, m), base = safe_base(top);
         A* s = kept.get() + (keep ? first : 0);
         bases[first / kBlock] = base;
-        sum.join(top, exponentials<A>(p.log || !keep ? nullptr : s, s, base, m,
-                                      reinterpret_cast<const char*>(next + first), sizeof(In)));
+        sum.join(top, exponentials<A, kSize>(p.log || !keep ? nullptr : s, s, base, m,
+                                      next + first * kSize));
       }
-      if (kMask != MaskKind::kNone && sum.empty()) {  // everything masked
-        std::fill_n(y, n, from_acc<Out>(p.log ? -kInfinity<A> : A(0)));
-        continue;
-      }
+      const bool masked = p.mask && sum.empty();  // everything
       // y = exp(s - m) / total, of which the blocks hold exp(s - base); log: (s - m) - log(total)
       const A m = sum.maximum;
       const double inverse = m == -kInfinity<A> ? double(kNaN<A>) : 1 / sum.total;
       for (int64_t first = 0; first < n; first += kBlock) {
         const int64_t count = std::min(kBlock, n - first);
         if (!keep) load_block(first, count);
+        A* s = kept.get() + (keep ? first : 0);
         Finish<A> how{Finish<A>::kExponential, m, A(inverse)};
-        if (p.log) {
+        if (masked) {
+          std::fill_n(s, count, p.log ? -kInfinity<A> : A(0));
+          how = {Finish<A>::kScaled, m, 1};
+        } else if (p.log) {
           how = {Finish<A>::kLog, m, A(std::log(sum.total))};
         } else if (keep) {
           const double base = bases[first / kBlock];
           how = {Finish<A>::kScaled, m, A(base == m ? inverse : std::exp(base - m) * inverse)};
         }
-        finish<Order>(y + first, kept.get() + (keep ? first : 0), how, count, past_cache);
+        store(y + first * y_size, s, how, count, past_cache);
       }
     }
     stream_fence();
@@ -234,7 +232,7 @@ void backward_rows(const SoftmaxGrads& p) {
   const int64_t n = p.width, rows = p.rows.count(), bytes = rows * n * int64_t(sizeof(Dx));
   const bool past_cache = bytes >= kStreamBytes;
   if (past_cache) expect_large_write(p.dx, bytes);
-  parallel_shares(rows, useful_threads(p.threads, rows * n), [&](int64_t begin, int64_t end, int) {
+  parallel_static(rows, useful_threads(p.threads, rows * n), [&](int64_t begin, int64_t end, int) {
     const Vec<A> scale = set1(A(p.scale)), masked = set1(-kInfinity<A>);
     for (int64_t row = begin; row < end; ++row) {
       const T* y = static_cast<const T*>(p.y.data) + p.rows.offset(row, p.y);
@@ -305,7 +303,8 @@ struct ColumnSums {
 };
 
 template <typename In, MaskKind kMask, typename A = Acc<In>>
-FASTATTN_NOINLINE void load_columns(A* s, const In* x, const A* mask, A scale, int64_t n) {
+FASTATTN_NOINLINE void load_columns(A* s, const void* data, const A* mask, A scale, int64_t n) {
+  const In* x = static_cast<const In*>(data);
   const Vec<A> scales = set1(scale);
   write_row<A>(s, n, false, [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
     return score<In, kMask>(x + j, mask + j, scales, lanes);
@@ -331,7 +330,8 @@ FASTATTN_NOINLINE void add_columns(A* sum, A* s, const A* base, int64_t n) {
 
 // log ? (s - base) - factor : s factor
 template <typename Out, typename A = Acc<Out>>
-FASTATTN_NOINLINE void finish_columns(Out* y, const A* s, const A* base, const A* factor, bool log, int64_t n) {
+FASTATTN_NOINLINE void finish_columns(void* out, const A* s, const A* base, const A* factor, bool log, int64_t n) {
+  Out* y = static_cast<Out*>(out);
   if (log)
     write_row<A>(y, n, false, [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
       return (lanes.load(s + j) - lanes.load(base + j)) - lanes.load(factor + j);
@@ -342,16 +342,19 @@ FASTATTN_NOINLINE void finish_columns(Out* y, const A* s, const A* base, const A
     });
 }
 
-template <typename In, typename Out, MaskKind kMask>
-void forward_columns(const SoftmaxParams& p) {
-  using A = Acc<In>;
+// Compiled once, as forward_rows: read is a load_columns, write a finish_columns.
+template <typename A>
+void forward_columns(const SoftmaxParams& p,
+                     void (*read)(A*, const void*, const A*, A, int64_t),
+                     void (*write)(void*, const A*, const A*, const A*, bool, int64_t)) {
+  const int64_t x_size = size_of(p.x_dtype), y_size = size_of(p.y_dtype);
   const int64_t n = p.width, at_once = columns_at_once(n, p.inner);
   const int64_t blocks = (p.inner + at_once - 1) / at_once, rows = p.rows.count();
-  const int64_t bytes = rows * n * p.inner * int64_t(sizeof(Out));
+  const int64_t bytes = rows * n * p.inner * y_size;
   const bool keep = n * at_once <= kKeptScores;
   if (bytes >= kStreamBytes) expect_large_write(p.y, bytes);
   const int threads = useful_threads(p.threads, rows * n * p.inner);
-  parallel_shares(rows * blocks, threads, [&](int64_t begin, int64_t end, int) {
+  parallel_static(rows * blocks, threads, [&](int64_t begin, int64_t end, int) {
     const std::unique_ptr<A[]> kept = scratch<A>(keep ? n * at_once : at_once);
     MaskRun<A> mask_run(p, kMaxColumns);
     A maximum[kMaxColumns], base[kMaxColumns], factor[kMaxColumns];
@@ -359,16 +362,16 @@ void forward_columns(const SoftmaxParams& p) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t row = task / blocks, column = task % blocks * at_once;
       const int64_t count = std::min(at_once, p.inner - column);
-      const In* x = static_cast<const In*>(p.x.data) + p.rows.offset(row, p.x) + column;
+      const char* x =
+          static_cast<const char*>(p.x.data) + (p.rows.offset(row, p.x) + column) * x_size;
       const int64_t mask_row =
-          kMask == MaskKind::kNone ? 0 : p.rows.offset(row, p.mask) + column * p.mask_inner;
-      Out* y = static_cast<Out*>(p.y) + row * n * p.inner + column;
+          p.mask ? p.rows.offset(row, p.mask) + column * p.mask_inner : 0;
+      char* y = static_cast<char*>(p.y) + (row * n * p.inner + column) * y_size;
       const auto scores = [&](int64_t d) { return kept.get() + (keep ? d * at_once : 0); };
       const auto load = [&](int64_t d) {
         const A* mask = nullptr;
-        if constexpr (kMask != MaskKind::kNone)
-          mask = mask_run.at(mask_row + d * p.mask.stride[3], p.mask_inner, count);
-        load_columns<In, kMask>(scores(d), x + d * p.x.stride[3], mask, A(p.scale), count);
+        if (p.mask) mask = mask_run.at(mask_row + d * p.mask.stride[3], p.mask_inner, count);
+        read(scores(d), x + d * p.x.stride[3] * x_size, mask, A(p.scale), count);
       };
 
       std::fill_n(maximum, count, -kInfinity<A>);
@@ -388,7 +391,7 @@ void forward_columns(const SoftmaxParams& p) {
       }
       for (int64_t j = 0; j < count; ++j) {
         const bool empty = maximum[j] == -kInfinity<A> && sum.total[j] == 0;
-        factor[j] = empty   ? (kMask != MaskKind::kNone ? A(0) : kNaN<A>)
+        factor[j] = empty   ? (p.mask ? A(0) : kNaN<A>)
                     : p.log ? A(std::log(sum.total[j]))
                             : A(1 / sum.total[j]);
       }
@@ -400,7 +403,7 @@ void forward_columns(const SoftmaxParams& p) {
             add_columns(unused, scores(d), base, count);
           }
         }
-        finish_columns(y + d * p.inner, scores(d), base, factor, p.log, count);
+        write(y + d * p.inner * y_size, scores(d), base, factor, p.log, count);
       }
     }
   });
@@ -414,7 +417,7 @@ void backward_columns(const SoftmaxGrads& p) {
   const int64_t bytes = rows * n * p.inner * int64_t(sizeof(Dx));
   if (bytes >= kStreamBytes) expect_large_write(p.dx, bytes);
   const int threads = useful_threads(p.threads, rows * n * p.inner);
-  parallel_shares(rows * blocks, threads, [&](int64_t begin, int64_t end, int) {
+  parallel_static(rows * blocks, threads, [&](int64_t begin, int64_t end, int) {
     const Vec<A> scale = set1(A(p.scale)), masked = set1(-kInfinity<A>);
     ColumnSums<A> dot;
     for (int64_t task = begin; task < end; ++task) {
@@ -449,10 +452,14 @@ void backward_columns(const SoftmaxGrads& p) {
 
 template <typename In, typename Out, MaskKind kMask>
 void forward(const SoftmaxParams& p) {
+  using A = Acc<In>;
+  // A mask lies as it is, so do numbers of another type.
+  using Order = std::conditional_t<
+      kPaired<Out> && kMask == MaskKind::kNone && std::is_same_v<In, Out>, Out, A>;
   if (p.inner == 1)
-    forward_rows<In, Out, kMask>(p);
+    forward_rows<A, sizeof(In)>(p, load_scores<Order, In, kMask>, finish<Order, Out>);
   else
-    forward_columns<In, Out, kMask>(p);
+    forward_columns<A>(p, load_columns<In, kMask>, finish_columns<Out>);
 }
 
 template <typename In, typename Out>

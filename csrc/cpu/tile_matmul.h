@@ -164,24 +164,7 @@ FASTATTN_NOINLINE void tile_matmul(Left<Compute> a, Panels<Compute> b, typename 
   }
 }
 
-// Elements along K that are summed in one go; a longer product is summed by parts, which rounds
-// less.
-constexpr int kSumRun = 128;
-
-// C = A . B for any K, summed by parts of `run` elements.
-template <class Compute>
-inline void tile_product(Left<Compute> a, Panels<Compute> b, typename Compute::Acc* c,
-                         ptrdiff_t c_row, int rows, int panels, int k_elems, int run = kSumRun) {
-  tile_matmul<Into::kStore>(a, b, c, c_row, rows, panels, std::min(k_elems, run));
-  for (int k = run; k < k_elems; k += run) {
-    a.data += run * a.depth;
-    b.data += run * kPanel<typename Compute::Acc>;
-    tile_matmul<Into::kAdd>(a, b, c, c_row, rows, panels, std::min(k_elems - k, run));
-  }
-}
-
-// As tile_matmul, for tiles that hold NaN or infinity beside masked elements: a zero in A adds
-// nothing, where 0 * NaN would spoil rows that do not see the element. Slow, and seldom called.
+// One of the values of an element.
 template <class Compute>
 inline typename Compute::Acc elem_value(const typename Compute::Elem* e, int part) {
   if constexpr (Compute::kDepth == 1) {
@@ -190,8 +173,47 @@ inline typename Compute::Acc elem_value(const typename Compute::Elem* e, int par
     return bits_to_float(part ? *e & 0xffff0000u : *e << 16);
   }
 }
+
+// Elements along K that are summed in one go; a longer product is summed by parts, which rounds less
+// than one long chain of additions does.
+constexpr int kSumRun = kTileRows == 8 ? 16 : 32;
+
+// As tile_matmul, summed by parts.
+template <Into kInto, class Compute>
+inline void tile_product(Left<Compute> a, Panels<Compute> b, typename Compute::Acc* c,
+                         ptrdiff_t c_row, int rows, int panels, int k_elems,
+                         const typename Compute::Acc* factor = nullptr) {
+  tile_matmul<kInto>(a, b, c, c_row, rows, panels, std::min(k_elems, kSumRun), factor);
+  for (int k = kSumRun; k < k_elems; k += kSumRun) {
+    a.data += kSumRun * a.depth;
+    b.data += kSumRun * kPanel<typename Compute::Acc>;
+    tile_matmul<Into::kAdd>(a, b, c, c_row, rows, panels, std::min(k_elems - k, kSumRun));
+  }
+}
+
+// The same summed as decode sums along head_dim, bit for bit: lane l takes the elements l, l + w, ...,
+// and then the lanes are added as a tree.
+template <typename A>
+FASTATTN_NOINLINE void tile_product_by_lanes(Left<Fma<A>> a, Panels<Fma<A>> b, A* c,
+                                             ptrdiff_t c_row, int rows, int panels, int k_elems) {
+  using V = Vec<A>;
+  constexpr int w = V::kWidth, width = kPanel<A>;
+  for (int m = 0; m < rows; ++m)
+    for (int n = 0; n < panels * width; n += w) {
+      const A* column = b.data + n / width * b.stride + n % width;
+      V sum[w];
+      for (V& lane : sum) lane = zero<A>();
+      for (int k = 0; k < k_elems; ++k)
+        sum[k % w] = fma(set1(a.data[m * a.row + k * a.depth]), load(column + k * width), sum[k % w]);
+      reduce_as_tree<w>(sum, [](V x, V y) { return x + y; });
+      store(c + m * c_row + n, sum[0]);
+    }
+}
+
+// As tile_matmul, for tiles that hold NaN or infinity beside masked elements: a zero in A adds
+// nothing, where 0 * NaN would spoil rows that do not see the element. Slow, and seldom called.
 template <class Compute>
-inline void tile_matmul_sparse(Left<Compute> a, Panels<Compute> b, typename Compute::Acc* c,
+FASTATTN_NOINLINE void tile_matmul_sparse(Left<Compute> a, Panels<Compute> b, typename Compute::Acc* c,
                                ptrdiff_t c_row, int rows, int panels, int k_elems) {
   using A = typename Compute::Acc;
   constexpr int width = kPanel<A>;
@@ -218,7 +240,7 @@ struct Source {
 };
 
 template <typename T>
-inline bool all_finite(Source<T> s, int rows, int cols) {
+FASTATTN_NOINLINE bool all_finite(Source<T> s, int rows, int cols) {
   // x * 0 is NaN for NaN and infinity, and the sums keep it.
   using A = Acc<T>;
   constexpr int w = Vec<A>::kWidth;
@@ -247,7 +269,7 @@ FASTATTN_INLINE uint32_t make_pair(const bf16* first, const bf16* second) {
 
 // Left operand, row by row: (rows, cols) -> elements [row][round_up(cols, depth) / depth].
 template <class Compute, typename T>
-inline void pack_rows(typename Compute::Elem* dst, ptrdiff_t dst_row, Source<T> s, int rows,
+FASTATTN_NOINLINE void pack_rows(typename Compute::Elem* dst, ptrdiff_t dst_row, Source<T> s, int rows,
                       int cols) {
   using A = typename Compute::Acc;
   constexpr int w = Vec<A>::kWidth;
@@ -276,7 +298,7 @@ inline void pack_rows(typename Compute::Elem* dst, ptrdiff_t dst_row, Source<T> 
 // Right operand whose K runs down the source's rows: B (k, n) = source (k, n), k < rows, n < cols.
 // Columns are padded with zeros to whole panels, k to whole elements.
 template <class Compute, typename T>
-inline void pack_panels(typename Compute::Elem* dst, ptrdiff_t panel_stride, Source<T> s, int rows,
+FASTATTN_NOINLINE void pack_panels(typename Compute::Elem* dst, ptrdiff_t panel_stride, Source<T> s, int rows,
                         int cols) {
   using A = typename Compute::Acc;
   constexpr int w = Vec<A>::kWidth, width = kPanel<A>;
@@ -316,7 +338,7 @@ inline void pack_panels(typename Compute::Elem* dst, ptrdiff_t panel_stride, Sou
 // Right operand whose K runs along the source's columns: B (k, n) = source (n, k), n < rows, k <
 // cols.
 template <class Compute, typename T>
-inline void pack_panels_transposed(typename Compute::Elem* dst, ptrdiff_t panel_stride, Source<T> s,
+FASTATTN_NOINLINE void pack_panels_transposed(typename Compute::Elem* dst, ptrdiff_t panel_stride, Source<T> s,
                                    int rows, int cols) {
   using A = typename Compute::Acc;
   using Elem = typename Compute::Elem;

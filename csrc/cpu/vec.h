@@ -35,7 +35,7 @@
 #define FASTATTN_INLINE inline
 #define FASTATTN_INLINE_LAMBDA
 #endif
-#define FASTATTN_NOINLINE __attribute__((noinline))
+#define FASTATTN_NOINLINE __attribute__((noinline))  // spares compile time, not run time
 #endif
 
 namespace fastattn {
@@ -782,6 +782,15 @@ FASTATTN_INLINE void unroll_indices(F&& f, std::integer_sequence<int, kIndex...>
 template <int kCount, typename F>
 FASTATTN_INLINE void unroll(F&& f) {
   unroll_indices(f, std::make_integer_sequence<int, kCount>{});
+}
+
+// x[0] = all of them reduced, as a tree, which rounds a sum less than a chain does.
+template <int kCount, typename A, int kSize, typename Reduce>
+FASTATTN_INLINE void reduce_as_tree(Vec<A> (&x)[kSize], const Reduce& reduce) {
+  if constexpr (kCount > 1) {
+    unroll<kCount / 2>([&](auto i) { x[i] = reduce(x[i], x[i + kCount / 2]); });
+    reduce_as_tree<kCount / 2>(x, reduce);
+  }
 }
 
 constexpr double kLog2E = 1.44269504088896340736, kLn2 = 0.69314718055994530942;
