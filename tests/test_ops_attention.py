@@ -7,6 +7,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 import fastattn
+from fastattn import testing
 from fastattn.backends import BACKENDS as BY_NAME
 
 BACKENDS = fastattn.backends().available
@@ -351,6 +352,22 @@ def test_lse_that_has_no_room_for_the_sum(backend, value):
     torch.testing.assert_close(out, v.mean(2, keepdim=True).expand_as(out))
     (dv,) = torch.autograd.grad(out.sum(), v)
     torch.testing.assert_close(dv, torch.full_like(v, 4 / 5))
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("variant", ["saturated", "slopes"])
+def test_gradients_that_cancel(backend, dtype, variant):
+    """Of rows that see few keys, dp - delta is a small difference of large numbers: an output
+    rounded to 16 bits must not be what delta is made of."""
+    q, k, v, slopes = leaves((4, 4, 33, 8), (4, 2, 30, 8), (4, 2, 30, 8), (4,), dtype=torch.float32)
+    q, k, v = ((6 * x if variant == "saturated" else x).detach().to(dtype) for x in (q, k, v))
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    if variant == "saturated":
+        testing.check_attention(backend, q[:, :, :3], k[:, :, :6], v[:, :, :6])
+        testing.check_attention(backend, q, k, v, window=(1, 1))
+    else:
+        testing.check_attention(backend, q, k, v, alibi_slopes=slopes)
 
 
 @backends
