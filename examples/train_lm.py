@@ -15,29 +15,36 @@ import argparse
 import hashlib
 import math
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.panel import Panel
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor, nn
-from training import (
-    BPETokenizer,
-    ByteTokenizer,
-    DataError,
-    Run,
-    even_windows,
-    median,
-    plot_losses,
-    random_windows,
-    read_text,
-    replacing,
-    save_json,
-    train,
-)
+
+try:
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+    from training import (
+        BPETokenizer,
+        ByteTokenizer,
+        DataError,
+        Diverged,
+        Run,
+        even_windows,
+        median,
+        perplexity,
+        plot_losses,
+        random_windows,
+        read_text,
+        replacing,
+        save_json,
+        train,
+    )
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: pip install 'fastattn[examples]'") from None
 
 from fastattn.models import LanguageModel, TransformerConfig, cross_entropy
 
@@ -50,7 +57,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse
     add("--attention", choices=("fused", "naive", "both"), default="fused")
     add("--quick", action="store_true", help="fused and naive side by side in about 45 s")
     add("--data", type=Path, help="a text file or a folder of them [the standard library's source]")
-    add("--data-mb", type=float, default=4.0, help="read at most so many megabytes [4]")
+    add("--data-mb", type=positive_float, default=4.0, help="read at most so many megabytes [4]")
     add("--tokenizer", choices=("byte", "bpe"), default="byte")
     add("--vocab", type=positive, default=1024, help="BPE tokens [1024]")
     add("--steps", type=positive, default=700)
@@ -60,9 +67,9 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse
     add("--layers", type=positive, default=3)
     add("--heads", type=positive, default=2)
     add("--dropout", type=float, default=0.0)
-    add("--lr", type=float, default=4e-3, help="the highest learning rate [4e-3]")
+    add("--lr", type=positive_float, default=4e-3, help="the highest learning rate [4e-3]")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: autocast")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", type=usable, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=Path("runs/lm"), help="where results go [runs/lm]")
     add("--resume", action="store_true", help="go on from the checkpoint in --out, if any")
@@ -77,6 +84,28 @@ def positive(text: str) -> int:
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"must be positive, got {value}")
     return value
+
+
+def positive_float(text: str) -> float:
+    if not 0.0 < (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"must be positive, got {value}")
+    return value
+
+
+def usable(device: str) -> str:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # what torch raises for want of CUDA
+        raise argparse.ArgumentTypeError(f"{device}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def check_extras(tokenizer: str) -> None:
+    """Before the training, not after it."""
+    needed = ("matplotlib", "tokenizers") if tokenizer == "bpe" else ("matplotlib",)
+    missing = [name for name in needed if find_spec(name) is None]
+    if missing:
+        raise DataError(f"needs {' and '.join(missing)}: pip install 'fastattn[examples]'")
 
 
 def prepare(args: argparse.Namespace) -> tuple[Any, Tensor, Tensor, int]:
@@ -155,7 +184,7 @@ def report(
     for run in runs:
         final, seconds = run.held_out[-1][1], median(run.seconds)
         metrics["runs"][run.name] = {
-            "perplexity": math.exp(final),
+            "perplexity": perplexity(final),
             "bits_per_byte": final / math.log(2) / bytes_per_token,
             "step_ms": 1e3 * seconds,
             "tokens_per_second": tokens / seconds,
@@ -200,7 +229,7 @@ def show(console: Console, metrics: dict[str, Any]) -> None:
 
 def sample(run: Run, tokenizer: Any, held_out: Tensor, args: argparse.Namespace) -> tuple[str, str]:
     """A prompt from the held-out text and how the model goes on."""
-    length = min(48, args.context // 2)
+    length = min(48, max(1, args.context // 2))
     prompt = held_out[None, :length].to(args.device)
     options: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95, "seed": args.seed}
     tokens = run.model.generate(prompt, min(240, args.context - length), **options)[0]  # type: ignore[operator]
@@ -212,8 +241,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser, args = parse(argv)
     console = Console()
     try:
+        check_extras(args.tokenizer)
+        args.out.mkdir(parents=True, exist_ok=True)
         tokenizer, training, held_out, held_out_bytes = prepare(args)
         runs = build_runs(args, tokenizer.vocab_size)
+    except OSError as error:
+        parser.error(f"--out {args.out}: {error.strerror}")
     except (DataError, ValueError) as error:
         parser.error(str(error))
     inputs, targets = even_windows(held_out, 32, args.context)
@@ -242,6 +275,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         )
     except DataError as error:
         parser.error(str(error))
+    except Diverged as error:
+        parser.exit(1, f"{error}: a lower --lr may help\n")
     if first:
         console.print(f"resumed at step {first}")
 

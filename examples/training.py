@@ -23,6 +23,10 @@ class DataError(ValueError):
     """The data or the checkpoint cannot be used; the message says why, and what would help."""
 
 
+class Diverged(ArithmeticError):
+    """The loss is no longer a number."""
+
+
 # ----------------------------------------------------------------------------- text and tokens
 
 
@@ -237,22 +241,33 @@ def train(
             batch, rate = batch_at(step), learning_rate(step, steps, peak_rate, warmup)
             for run in runs if step % 2 else reversed(runs):
                 run.step(batch, rate)
+                check_finite(run, step, run.losses[-1])
             done = step + 1
             if done % evaluate_every == 0 or done == steps:
                 for run in runs:
                     run.held_out.append((done, run.evaluate(held_out)))
+                    check_finite(run, step, run.held_out[-1][1])
             if done % save_every == 0 or done == steps:
                 save_checkpoint(checkpoint, runs, settings, done)
             progress.update(task, advance=1, status=describe(runs))
     return first
 
 
+def check_finite(run: Run, step: int, loss: float) -> None:
+    if not math.isfinite(loss):
+        raise Diverged(f"{run.name}: the loss at step {step + 1} is {loss}")
+
+
 def describe(runs: list[Run]) -> str:
     status = f"loss {runs[0].losses[-1]:.3f}"
     if runs[0].held_out:
-        status += f", held-out perplexity {math.exp(runs[0].held_out[-1][1]):.2f}"
+        status += f", held-out perplexity {perplexity(runs[0].held_out[-1][1]):.2f}"
     times = (f"{run.name} {1e3 * median(run.seconds):.0f}" for run in runs)
     return f"{status}, ms a step: {', '.join(times)}"
+
+
+def perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))  # beyond lies an OverflowError
 
 
 def progress_bar() -> Progress:

@@ -8,11 +8,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ._version import __version__
 from .console import BAD, DIM, GOOD, Cell, Console
 
 
 def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(prog="fastattn", description="Fused kernels for PyTorch.")
+    root.add_argument("--version", action="version", version=f"fastattn {__version__}")
     commands = root.add_subparsers(dest="command", required=True, metavar="info | check | bench")
 
     commands.add_parser("info", help="this machine, what was built, which backends run here")

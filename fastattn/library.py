@@ -55,6 +55,9 @@ for _schema in _SCHEMAS:
 _PLAIN = frozenset((type(None), bool, int, float, str, list, torch.dtype))
 
 
+_is_batch = torch._C._functorch.is_legacy_batchedtensor
+
+
 class Op:
     """One op: what it runs, and the ways to call it."""
 
@@ -117,7 +120,9 @@ def _nobody_looks(args: tuple[Any, ...]) -> bool:
     for x in args:  # a loop: this runs at every call
         kind = type(x)
         if kind is Tensor or kind is torch.nn.Parameter:
-            if x.is_meta or x.is_neg():
+            # Whose numbers are not those at its address: no memory, the negative of it, zeros
+            # without any, or a batch of gradients (is_grads_batched).
+            if x.is_meta or x.is_neg() or x._is_zerotensor() or _is_batch(x):
                 return False
         elif kind not in _PLAIN:
             return False

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral, Real  # numpy's scalars are of these too
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _NO_WINDOW = (-1, -1)
+_FAR = 2**62
 
 
 class Mask(NamedTuple):
@@ -140,11 +142,12 @@ def _check_window(window: Any) -> tuple[int, int]:
         raise ValueError(f"window: expected (left, right), got {len(window)} values")
     left, right = (-1 if limit is None else limit for limit in window)
     for limit in (left, right):
-        if isinstance(limit, bool) or not isinstance(limit, (int, torch.SymInt)):
+        if not is_integer(limit):
             raise TypeError(f"window: expected integers or None, got {_got(limit)}")
         if limit < -1:
             raise ValueError(f"window: expected limits >= 0, or -1 or None for none, got {limit}")
-    return left, right
+    # One that would overflow when added to a position, such as sys.maxsize, limits nothing.
+    return -1 if left >= _FAR else left, -1 if right >= _FAR else right
 
 
 def _check_qkv(q: Any, k: Any, v: Any, names: tuple[str, ...]) -> None:
@@ -211,8 +214,9 @@ def check_tensor(name: str, x: Any) -> None:
     """TypeError unless x is a dense tensor."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {_got(x)}")
-    if x.layout is not torch.strided:
-        raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {x.layout}")
+    if x.layout is not torch.strided or x.is_nested:
+        got = "a nested tensor" if x.is_nested else f"layout {x.layout}"
+        raise TypeError(f"{name}: expected a dense (strided) tensor, got {got}")
 
 
 def check_dtype(name: str, x: Tensor) -> None:
@@ -229,16 +233,31 @@ def broadcasts(shape: Sequence[int], full: Sequence[int]) -> bool:
 
 def check_number(name: str, value: Any) -> float:
     """``value`` as a finite float, or a TypeError or ValueError that names it."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+    if isinstance(value, bool) or not isinstance(value, (Real, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name}: expected a number, got {_got(value)}")
-    if value - value != 0:  # type: ignore[operator]  # nan or infinite, in a form that torch.compile can trace
-        raise ValueError(f"{name}: expected a finite number, got {value}")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an integer beyond the largest float
+        number = math.inf
+    if number - number != 0:  # nan or infinite, in a form that torch.compile can trace
+        raise ValueError(f"{name}: expected a finite number, got {number}")
+    return number
+
+
+def check_flag(name: str, value: Any) -> None:
+    """TypeError unless ``value`` is a bool: what is merely true or false is a mistake."""
+    if not isinstance(value, (bool, torch.SymBool)):
+        raise TypeError(f"{name}: expected a bool, got {_got(value)}")
+
+
+def is_integer(value: Any) -> bool:
+    """Whether ``value`` is an integer, and no bool."""
+    return isinstance(value, (Integral, torch.SymInt)) and not isinstance(value, bool)
 
 
 def check_dropout(p: Any) -> float:
     """The dropout probability as a float in [0, 1]."""
-    if p == 0.0 and not isinstance(p, Tensor):
+    if isinstance(p, (float, int)) and p == 0:
         return 0.0
     p = check_number("dropout_p", p)
     if not 0.0 <= p <= 1.0:

@@ -136,6 +136,27 @@ def test_bench_refuses_a_bad_old_report_before_it_runs(tmp_path, capsys):
     assert "not a report" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--backend", "abacus"], "unknown backend 'abacus': cpu, reference"),
+        (["--json", f"{__file__}/out.json"], "cannot write"),
+        (["--html", f"{__file__}/out.html"], "cannot write"),
+    ],
+)
+def test_bench_refuses_before_it_runs(arguments, message, capsys):
+    pytest.importorskip("matplotlib")
+    assert cli.main(["bench", *arguments]) == 2
+    assert message in capsys.readouterr().out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"fastattn {fastattn.__version__}\n"
+
+
 def test_bench_says_what_to_install_without_matplotlib(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert cli.main(["bench", "--html", str(tmp_path / "x.html")]) == 2

@@ -43,6 +43,7 @@ ATTENTION = [
     ({"window": (True, 0)}, TypeError, "window"),
     ({"scale": "big"}, TypeError, "scale: expected a number, got 'big'"),
     ({"scale": torch.tensor(1.0)}, TypeError, "scale: expected a number, got Tensor"),
+    ({"scale": 10**400}, ValueError, "scale: expected a finite number, got inf"),
     ({"scale": float("nan")}, ValueError, "scale: expected a finite number, got nan"),
     ({"softcap": -1.0}, ValueError, "softcap: .* got -1"),
     ({"softcap": float("inf")}, ValueError, "softcap"),
@@ -51,6 +52,9 @@ ATTENTION = [
     ({"dropout_p": float("nan")}, ValueError, "dropout_p"),
     ({"dropout_p": "0.1"}, TypeError, "dropout_p"),
     ({"dropout_p": None}, TypeError, "dropout_p"),
+    ({"dropout_p": torch.zeros(2)}, TypeError, "dropout_p: expected a number, got Tensor"),
+    ({"dropout_p": np.zeros(2)}, TypeError, "dropout_p: expected a number, got ndarray"),
+    ({"return_lse": "yes"}, TypeError, "return_lse: expected a bool, got 'yes'"),
     ({"deterministic": 1}, TypeError, "deterministic: expected None or a bool, got 1"),
     ({"bias": torch.zeros(5, 6)}, ValueError, "bias: .*\\(2, 4, 5, 7\\), got \\(5, 6\\)"),
     ({"bias": torch.zeros(1, 2, 4, 5, 7)}, ValueError, "bias"),
@@ -79,6 +83,19 @@ def test_attention(function, changed, error, message):
         function(q, k, v, **arguments)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_refused(layout):
+    x = torch.nested.nested_tensor([torch.zeros(2, 3), torch.zeros(4, 3)], layout=layout)
+    for function in (fastattn.layer_norm, fastattn.rms_norm):
+        with pytest.raises(TypeError, match=r"input: expected a dense .* got .*(nested|jagged)"):
+            function(x, (3,))
+    with pytest.raises(TypeError, match=r"input: expected a dense .* got .*(nested|jagged)"):
+        fastattn.softmax(x)
+    with pytest.raises(TypeError, match=r"query: expected a dense .* got .*(nested|jagged)"):
+        fastattn.scaled_dot_product_attention(x, x, x)
+
+
 def test_integers_are_refused():
     x = torch.zeros(Q, dtype=torch.int32)
     with pytest.raises(TypeError, match=r"q: expected float32, .* got torch.int32"):
@@ -97,6 +114,9 @@ SDPA = [
     ({"attn_mask": torch.zeros(5, 5), "is_causal": True}, ValueError, "attn_mask: .*is_causal"),
     ({"attn_mask": torch.zeros(5, 6)}, ValueError, "attn_mask: "),
     ({"attn_mask": torch.zeros(5, 5).half()}, TypeError, "attn_mask: .*got torch.float16"),
+    ({"is_causal": "no"}, TypeError, "is_causal: expected a bool, got 'no'"),
+    ({"is_causal": None}, TypeError, "is_causal"),
+    ({"enable_gqa": torch.ones(2)}, TypeError, "enable_gqa: expected a bool, got Tensor"),
     ({"attn_mask": [1]}, TypeError, "attn_mask: expected a torch.Tensor"),
     ({"dropout_p": 2.0}, ValueError, "dropout_p"),
     ({"scale": "x"}, TypeError, "scale"),
@@ -119,7 +139,9 @@ W = torch.zeros(8)
 NORMS = [
     ({"input": [1.0]}, TypeError, "input: expected a torch.Tensor, got list"),
     ({"input": torch.zeros(2, 8).long()}, TypeError, "input: .*got torch.int64"),
-    ({"normalized_shape": 8}, TypeError, "normalized_shape: expected a sequence of ints, got int"),
+    ({"normalized_shape": 8}, TypeError, "normalized_shape: expected a tuple .*, got 8 \\(int\\)"),
+    ({"normalized_shape": (8.0,)}, TypeError, "normalized_shape: .*, got \\(8.0,\\)"),
+    ({"normalized_shape": torch.tensor([8])}, TypeError, "normalized_shape: "),
     ({"normalized_shape": ()}, ValueError, "normalized_shape: expected at least one dimension"),
     ({"normalized_shape": (7,)}, ValueError, "input: .*\\(\\*, 7\\).*got \\(2, 8\\)"),
     ({"normalized_shape": (3, 2, 8)}, ValueError, "input: "),
@@ -183,6 +205,7 @@ def test_fused_residual(function, changed, error, message):
         ({"input": 1.0}, TypeError, "input: expected a torch.Tensor"),
         ({"input": torch.zeros(2, 8).long()}, TypeError, "input: .*got torch.int64"),
         ({"input": torch.zeros(2, 8).cfloat(), "dtype": torch.float32}, TypeError, "input: "),
+        ({"dtype": np.zeros(2)}, TypeError, "dtype: expected float32"),
         ({"dtype": torch.int32}, TypeError, "dtype: .*got torch.int32"),
         ({"dim": 2}, IndexError, "dim: expected one of \\[-2, 1\\], got 2"),
         ({"dim": -3}, IndexError, "dim: "),
@@ -200,3 +223,12 @@ def test_fused_residual(function, changed, error, message):
 def test_softmax(function, changed, error, message):
     with pytest.raises(error, match=message):
         function(**{"input": torch.zeros(2, 8)} | changed)
+
+
+def test_numpy_scalars_are_numbers():
+    x = torch.ones(2, 2, 4, 8)
+    size, half = np.int64(2), np.float32(0.5)
+    out = fastattn.attention(x, x, x, window=(size, size), scale=half, softcap=half, dropout_p=half)
+    assert out.shape == x.shape
+    assert fastattn.softmax(x, size, scale=half).shape == x.shape
+    assert fastattn.layer_norm(x, (np.int64(8),), eps=half).shape == x.shape

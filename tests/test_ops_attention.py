@@ -7,6 +7,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 import fastattn
+from fastattn import testing
 from fastattn.backends import BACKENDS as BY_NAME
 
 BACKENDS = fastattn.backends().available
@@ -46,7 +47,7 @@ def test_first_and_second_derivatives(backend, keywords):
         )
 
     inputs = leaves((2, 4, 3, 2), (2, 2, 5, 2), (2, 2, 5, 3), (4, 1, 5), (4,))
-    assert gradcheck(function, inputs, fast_mode=True)
+    assert gradcheck(function, inputs, fast_mode=True, check_batched_grad=True)
     assert gradgradcheck(function, inputs, fast_mode=True)
 
 
@@ -83,6 +84,9 @@ def test_gradient_of_an_expanded_bias(backend):
     (through,) = torch.autograd.grad(function(small.expand(2, 2, 3, 5)), small)
     (direct,) = torch.autograd.grad(function(small), small)
     torch.testing.assert_close(through, direct)
+    empty = full.detach()[:, :, :0].requires_grad_()  # keeps its strides of 0
+    out = fastattn.attention(q[:, :, :0], k, v, bias=empty, backend=backend)
+    assert torch.autograd.grad(out.sum(), empty)[0].shape == empty.shape
 
 
 @backends
@@ -230,6 +234,16 @@ def test_negative_view(backend):
     torch.testing.assert_close(fastattn.attention(x, x, x, backend=backend), expected)
 
 
+@backends
+def test_lazy_zeros(backend):
+    """Zeros that have no memory, which autograd makes where there is no gradient."""
+    x = torch._efficientzerotensor(2, 3, 4, 8)
+    expected = torch.zeros(2, 3, 4, 8)
+    assert torch.equal(fastattn.attention(x, x, x, backend=backend), expected)
+    assert torch.equal(fastattn.layer_norm(x, (8,), backend=backend), expected)
+    assert torch.equal(fastattn.softmax(x, backend=backend), expected + 1 / 8)
+
+
 # --------------------------------------------------------------------------- torch's own signature
 
 
@@ -338,6 +352,22 @@ def test_lse_that_has_no_room_for_the_sum(backend, value):
     torch.testing.assert_close(out, v.mean(2, keepdim=True).expand_as(out))
     (dv,) = torch.autograd.grad(out.sum(), v)
     torch.testing.assert_close(dv, torch.full_like(v, 4 / 5))
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("variant", ["saturated", "slopes"])
+def test_gradients_that_cancel(backend, dtype, variant):
+    """Of rows that see few keys, dp - delta is a small difference of large numbers: an output
+    rounded to 16 bits must not be what delta is made of."""
+    q, k, v, slopes = leaves((4, 4, 33, 8), (4, 2, 30, 8), (4, 2, 30, 8), (4,), dtype=torch.float32)
+    q, k, v = ((6 * x if variant == "saturated" else x).detach().to(dtype) for x in (q, k, v))
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    if variant == "saturated":
+        testing.check_attention(backend, q[:, :, :3], k[:, :, :6], v[:, :, :6])
+        testing.check_attention(backend, q, k, v, window=(1, 1))
+    else:
+        testing.check_attention(backend, q, k, v, alibi_slopes=slopes)
 
 
 @backends

@@ -117,7 +117,7 @@ def test_first_and_second_derivatives(backend, name, dropout_p):
             *inputs[:split], (2, 4), *inputs[split:], backend=backend, **keywords
         )
 
-    assert gradcheck(function, (*leading, *affine))
+    assert gradcheck(function, (*leading, *affine), check_batched_grad=True)
     assert gradgradcheck(function, (*leading, *affine))
 
 

@@ -99,7 +99,7 @@ def test_scale_and_mask(backend, ours, torchs, mask, dim):
 def test_first_and_second_derivatives(backend, ours, torchs):
     x, mask = leaf(3, 5), leaf(1, 5)
     keywords = {"scale": 0.7, "backend": backend}
-    assert gradcheck(lambda x: ours(x, 0, **keywords), x)
+    assert gradcheck(lambda x: ours(x, 0, **keywords), x, check_batched_grad=True)
     assert gradgradcheck(lambda x: ours(x, 0, **keywords), x)
     assert gradcheck(lambda x, m: ours(x, mask=m, **keywords), (x, mask))
     kept = torch.tensor([True, True, False, True, True])

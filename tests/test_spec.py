@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sys
 
 import pytest
 import torch
@@ -65,6 +66,7 @@ def spec(q_len: int = 4, k_len: int = 7, **keywords) -> AttentionSpec:
         ({"causal": "top_left"}, Mask(-1, 0, 0)),
         ({"window": (2, None)}, Mask(2, -1, 3)),
         ({"window": [-1, 5]}, Mask(-1, 5, 3)),
+        ({"window": (sys.maxsize, 10**30)}, Mask(-1, -1, 3)),
         ({"causal": True, "window": (2, 5)}, Mask(2, 0, 3)),
         ({"causal": "top_left", "window": (2, None)}, Mask(2, 0, 0)),
     ],

@@ -170,6 +170,25 @@ def test_bad_data(text, tmp_path, capsys):
     assert "shorter context" in error_of(capsys, "--data", text, "--context", 10**6)
     assert "multiple of n_heads" in error_of(capsys, "--data", text, "--heads", 5)
     assert "must be positive" in error_of(capsys, "--data", text, "--steps", 0)
+    assert "must be positive" in error_of(capsys, "--data", text, "--lr", "nan")
+    assert "must be positive" in error_of(capsys, "--data", text, "--data-mb", 0)
+    assert "argument --device: abacus" in error_of(capsys, "--data", text, "--device", "abacus")
+    assert f"--out {text}: " in error_of(capsys, "--data", text, "--out", text)
+
+
+def test_extras_are_missed_before_the_training(text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train_lm, "find_spec", lambda name: None)
+    said = error_of(capsys, "--data", text, "--out", tmp_path, "--tokenizer", "bpe")
+    assert "needs matplotlib and tokenizers: pip install 'fastattn[examples]'" in said
+
+
+@pytest.mark.parametrize("rate", ["1e5", "1e9"])  # NaN from held-out text, NaN from a step
+def test_a_run_that_diverges_says_so(text, tmp_path, capsys, rate):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(SystemExit) as stopped:
+        run(text, tmp_path, "--steps=2", f"--lr={rate}")
+    assert stopped.value.code == 1
+    assert "is nan: a lower --lr may help" in capsys.readouterr().err
 
 
 def test_text_of_a_folder(tmp_path):

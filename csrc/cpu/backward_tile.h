@@ -196,12 +196,33 @@ class BackwardTile {
       drop_row(keep_, words_, p_.dropout, b_, h_, i_ + r, j_, n_);
       for (int c = 0; c < n_; ++c) dp[c] *= keep_[c];
     }
+    if (sizeof(T) == 2 && wanted_.ds()) {
+      const KeyRange sees = p_.mask.keys_of(i_ + r, p_.shape.k_len);
+      if (sees.begin >= j_ && sees.end <= j_ + n_) delta = own_delta(s, dp, width, lse, low);
+    }
     // One that saw a NaN has lse NaN, and still p = 0 where it sees nothing.
     const bool spoilt = lse != lse;
     if (modified_ || spoilt || wanted_.dbias || wanted_.dlogit || !wanted_.ds())
       row_loop<true>(s, dp, width, lse, low, delta, dlse, r);
     else
       row_loop<false>(s, dp, width, lse, low, delta, dlse, r);
+  }
+
+  // delta_i as sum_j p_ij dp_ij, of a row all of whose keys are at hand. In do_i . o_i, o has been
+  // rounded to 16 bits, which shows where the gradients of a row that sees few keys cancel.
+  A own_delta(const A* s, const A* dp, int width, A lse, A low) const {
+    using V = Vec<A>;
+    const V factor = set1(modified_ ? A(1) : A(p_.scale));
+    const V minus_lse = set1(-lse), minus_low = set1(-low);
+    const V hidden = set1(-std::numeric_limits<A>::infinity());
+    V sum = zero<A>();
+    for (int c = 0; c < width; c += V::kWidth) {
+      const V score = load(s + c);
+      V p = exp_below(fma(score, factor, minus_lse) + minus_low);
+      p = select(equal(score, hidden), zero<A>(), p);
+      sum = sum + select(equal(p, zero<A>()), zero<A>(), p * load(dp + c));
+    }
+    return hsum(sum);
   }
 
   template <bool kGeneral>

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
+from .. import backends
 from ..console import BAD, DIM, EXTRAS, Console
 from . import allocator, ceilings, compare, html, machine, memory, plots, report, table, transformer
 from .results import Peak, Report, Result
@@ -19,9 +21,13 @@ QUICK_BUDGET_S, FULL_BUDGET_S = 0.35, 2.0
 
 
 def bench(console: Console, options: argparse.Namespace) -> int:
-    try:
+    try:  # what is wrong shows before the run, not after it
         if options.html:
             plots.require_matplotlib()
+        if options.backend is not None:
+            check_backend(options.backend)
+        for path in filter(None, (options.json, options.html)):
+            check_writable(path)
         old = Report.load(options.compare) if options.compare else None
     except (ImportError, ValueError) as error:
         console.line(f"fastattn bench: {error}", BAD)
@@ -53,6 +59,23 @@ def bench(console: Console, options: argparse.Namespace) -> int:
         if path:
             console.line(f"wrote {path}", DIM)
     return 1 if any(result.failure for result in outcome.results) else 0
+
+
+def check_backend(name: str) -> None:
+    reasons = backends()
+    if name not in reasons:
+        raise ValueError(f"unknown backend {name!r}: {', '.join(reasons)}")
+    if reasons[name] is not None:
+        raise ValueError(f"backend {name!r} does not run here: {reasons[name]}")
+
+
+def check_writable(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a"):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}") from None
 
 
 def choose_transformers(options: argparse.Namespace) -> list[TransformerBenchmark]:

@@ -65,12 +65,14 @@ class TransformerConfig:
             raise ValueError(
                 f"n_heads must be a multiple of n_kv_heads, got {self.n_heads} and {self.kv_heads}"
             )
-        if not 0.0 <= self.dropout < 1.0:
+        if not isinstance(self.dropout, (int, float)) or not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
-        choices = {
+        choices: dict[str, tuple[Any, ...]] = {
             "norm": ("pre", "post"),
             "positions": ("learned", "sinusoidal"),
             "attention": tuple(KERNELS),
+            "bias": (True, False),
+            "tie_weights": (True, False),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -451,6 +453,8 @@ def initialise(module: nn.Module) -> None:
 
 def check_tokens(tokens: Tensor, config: TransformerConfig, seen: int = 0) -> None:
     """Shape, dtype and length. (Ids beyond the vocabulary are the embedding's to refuse.)"""
+    if not isinstance(tokens, Tensor):
+        raise TypeError(f"tokens must be a torch.Tensor, got {type(tokens).__name__}")
     if tokens.ndim != 2 or tokens.shape[1] == 0:
         raise ValueError(
             f"tokens must be (batch, length) with length > 0, got shape {tuple(tokens.shape)}"
@@ -466,8 +470,9 @@ def check_tokens(tokens: Tensor, config: TransformerConfig, seen: int = 0) -> No
 def check_mask(name: str, mask: Tensor | None, batch: int, length: int) -> None:
     if mask is None:
         return
-    if mask.dtype != torch.bool:
-        raise TypeError(f"{name} must be boolean (True = a real token), got {mask.dtype}")
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"{name} must be a boolean tensor (True = a real token), got {got}")
     if mask.shape != (batch, length):
         raise ValueError(f"{name} must be ({batch}, {length}), got shape {tuple(mask.shape)}")
 
@@ -531,8 +536,8 @@ class LanguageModel(nn.Module):
         ValueError for a prompt that is empty, has ids outside the vocabulary or, with its
         continuation, is longer than max_len.
         """
-        sampler = Sampler(self.config, do_sample, temperature, top_k, top_p, seed, prompt.device)
         check_generation(prompt, max_new_tokens, self.config)
+        sampler = Sampler(self.config, do_sample, temperature, top_k, top_p, seed, prompt.device)
         check_mask("mask", mask, *prompt.shape)
         total = prompt.shape[1] + max_new_tokens
         if mask is not None:  # what is generated is never padding
@@ -594,9 +599,9 @@ class EncoderDecoder(nn.Module):
         (B, M). The encoder runs once, and its keys and values are cached; everything else is as in
         `LanguageModel.generate`.
         """
-        sampler = Sampler(self.config, do_sample, temperature, top_k, top_p, seed, source.device)
         check_tokens(source, self.config)
         check_ids("source", source, self.config)
+        sampler = Sampler(self.config, do_sample, temperature, top_k, top_p, seed, source.device)
         start = source.new_full((source.shape[0], 1), start_token)
         check_generation(start, max_new_tokens, self.config, "start_token")
         cache = None
@@ -633,12 +638,14 @@ class Sampler:
         seed: int | None = None,
         device: torch.device | str = "cpu",
     ):
-        if not 0.0 <= temperature < math.inf:
+        if not isinstance(temperature, (int, float)) or not 0.0 <= temperature < math.inf:
             raise ValueError(f"temperature must be finite and not negative, got {temperature!r}")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {top_k!r}")
-        if top_p is not None and not 0.0 < top_p <= 1.0:
+        if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+            raise ValueError(f"top_k must be an integer of at least 1, got {top_k!r}")
+        if top_p is not None and (not isinstance(top_p, (int, float)) or not 0.0 < top_p <= 1.0):
             raise ValueError(f"top_p must be in (0, 1], got {top_p!r}")
+        if seed is not None and not isinstance(seed, int):
+            raise ValueError(f"seed must be None or an integer, got {seed!r}")
         self.softmax = KERNELS[config.attention].softmax
         self.greedy = not do_sample or temperature == 0.0
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
@@ -711,8 +718,8 @@ def check_generation(
 ) -> None:
     check_tokens(prompt, config)
     check_ids(name, prompt, config)
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must not be negative, got {max_new_tokens}")
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be an integer >= 0, got {max_new_tokens!r}")
     if prompt.shape[1] + max_new_tokens > config.max_len:
         raise ValueError(
             f"a prompt of {prompt.shape[1]} tokens and max_new_tokens={max_new_tokens} are "

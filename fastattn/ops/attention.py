@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import dispatch, library, reference
 from ..backends.base import statistics_dtype
 from ..dispatch import Explanation, Request
-from ..spec import AttentionSpec, check_tensor
+from ..spec import AttentionSpec, check_flag, check_tensor
 
 
 def attention(
@@ -64,6 +64,7 @@ def attention(
     Raises:
         TypeError, ValueError: an argument is wrong, or the named backend does not serve the call.
     """
+    check_flag("return_lse", return_lse)
     if isinstance(q, Tensor) and _under_autocast(q):
         q, k, v, bias = _autocast(q, k, v, bias)
     spec = AttentionSpec.of(
@@ -109,6 +110,8 @@ def scaled_dot_product_attention(
         check_tensor(name, x)
         if x.dim() < 2:
             raise ValueError(f"{name}: expected at least 2 dimensions, got shape {tuple(x.shape)}")
+    check_flag("is_causal", is_causal)
+    check_flag("enable_gqa", enable_gqa)
     if attn_mask is not None:
         check_tensor("attn_mask", attn_mask)
         if is_causal:
@@ -154,6 +157,8 @@ def explain(
     Runs nothing. Print the result: the backend first, then one line for each that is known here.
     Its ``backend`` is the name, its ``reasons`` the lists of reasons by name.
     """
+    check_flag("return_lse", return_lse)
+    check_flag("return_lse", return_lse)
     if isinstance(q, Tensor) and _under_autocast(q):
         q, k, v, bias = _autocast(q, k, v, bias)
     spec = AttentionSpec.of(
@@ -202,7 +207,9 @@ def op_arguments(
     if sinks is not None:
         sinks = sinks.to(statistics_dtype(q.dtype)).contiguous()
     if bias is not None and library.needs_grad(bias) and _overlaps(bias):
-        bias = bias.contiguous()  # expanded by the caller: each element has a gradient of its own
+        # Expanded by the caller: each element has a gradient of its own. Not contiguous(), which
+        # leaves the strides of an empty tensor as they are.
+        bias = bias.clone(memory_format=torch.contiguous_format)
     seed = torch.randint(2**63 - 1, (), device=q.device) if dropout_p > 0.0 else None
     return q, k, v, bias, alibi_slopes, sinks, seed, scale, softcap, *mask, dropout_p
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import dispatch, library, reference
 from ..backends.base import LayerNormCall, statistics_dtype
 from ..dispatch import Request
-from ..spec import check_dropout, check_dtype, check_number, check_tensor
+from ..spec import check_dropout, check_dtype, check_number, check_tensor, is_integer
 
 
 def layer_norm(
@@ -230,12 +230,13 @@ def _check(name: str, x: Any, normalized_shape: Any, weight: Any, bias: Any) -> 
     """How many numbers are normalised together, once all is found sound."""
     check_tensor(name, x)
     check_dtype(name, x)
-    try:
-        shape = tuple(normalized_shape)
-    except TypeError:
+    listed = isinstance(normalized_shape, (tuple, list))
+    if not listed or not all(map(is_integer, normalized_shape)):
         raise TypeError(
-            f"normalized_shape: expected a sequence of ints, got {type(normalized_shape).__name__}"
-        ) from None
+            f"normalized_shape: expected a tuple or list of ints, got {normalized_shape!r} "
+            f"({type(normalized_shape).__name__})"
+        )
+    shape = tuple(normalized_shape)
     if not shape:
         raise ValueError("normalized_shape: expected at least one dimension, got none")
     if x.shape[-len(shape) :] != shape:

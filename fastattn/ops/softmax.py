@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import dispatch, library, reference
 from ..dispatch import Request
-from ..spec import DTYPES, broadcasts, check_number, check_tensor
+from ..spec import DTYPES, broadcasts, check_number, check_tensor, is_integer
 
 
 def softmax(
@@ -65,7 +65,7 @@ def _softmax(
     backend: str | None,
 ) -> Tensor:
     check_tensor("input", x)
-    if dtype is not None and dtype not in DTYPES:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in DTYPES):
         raise TypeError(f"dtype: expected float32, bfloat16, float16 or float64, got {dtype}")
     if x.dtype not in DTYPES:
         if dtype is None or x.dtype.is_complex:
@@ -148,12 +148,12 @@ SoftmaxBackwardFunction = library.double_backward(
 
 
 def _check_dim(dim: Any, x: Tensor) -> int:
-    if isinstance(dim, bool) or not isinstance(dim, int):
+    if not is_integer(dim):
         raise TypeError(f"dim: expected an int, got {type(dim).__name__}")
     rank = max(x.dim(), 1)
     if not -rank <= dim < rank:
         raise IndexError(f"dim: expected one of [{-rank}, {rank - 1}], got {dim}")
-    return dim % rank
+    return int(dim) % rank
 
 
 def _check_mask(mask: Any, x: Tensor, dtype: torch.dtype) -> None:
