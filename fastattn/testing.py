@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import library, reference
+from .backends.base import statistics_dtype
 from .ops import layer_norm as layer_norm_ops
 from .ops import softmax as softmax_ops
 from .ops.attention import attention, op_arguments
@@ -247,6 +248,8 @@ def compare_layer_norm(
 ) -> Comparison:
     """One call of the layer norm family; naive is the reference backend."""
     tensors = {"x": x, "residual": residual, "weight": weight, "bias": bias}
+    if rms:  # the default is the epsilon of the dtype: float64 would compute something else
+        keywords.setdefault("eps", torch.finfo(statistics_dtype(x.dtype)).eps)
     stem = "rms_norm" if rms else "layer_norm"
     function = getattr(layer_norm_ops, stem if residual is None else f"add_{stem}")
 

@@ -20,13 +20,12 @@
 namespace fastattn {
 namespace {
 
-// delta_i = do_i . o_i, summed as the tiles sum do_i . v_j: for a query that sees one key the two
-// then cancel to the last bit. One product after the other, or by kLanes as decode has it. Rows
-// side by side keep the processor busy.
-template <typename T, int kLanes>
+// delta_i = do_i . o_i, one product after the other as the tiles sum do_i . v_j: for a query that
+// sees one key the two then cancel to the last bit. Rows side by side keep the processor busy.
+template <typename T>
 void compute_delta(const AttentionParams& p, const AttentionGrads& g, int threads) {
   using A = Acc<T>;
-  constexpr int kAtOnce = kLanes == 1 ? 8 : 1, kRun = kLanes == 1 ? kSumRun : 1 << 30;
+  constexpr int kAtOnce = 8;
   const AttentionShape& s = p.shape;
   const int64_t rows = s.batch * s.q_heads * s.q_len;
   parallel_static(rows, threads, [&](int64_t begin, int64_t end, int) {
@@ -39,17 +38,14 @@ void compute_delta(const AttentionParams& p, const AttentionGrads& g, int thread
         d[k] = g.dout.at<const T>(b, h, i);
       }
       A total[kAtOnce] = {};
-      for (int64_t run = 0; run < s.v_dim; run += kRun) {
-        A sum[kLanes][kAtOnce] = {};
-        for (int64_t c = run; c < std::min<int64_t>(run + kRun, s.v_dim); ++c)
+      for (int64_t run = 0; run < s.v_dim; run += kSumRun) {
+        A sum[kAtOnce] = {};
+        for (int64_t c = run; c < std::min<int64_t>(run + kSumRun, s.v_dim); ++c)
           unroll<kAtOnce>([&](auto k) {
-            A& x = sum[c % kLanes][k];
-            x = fma(to_acc(o[k][c * p.out.stride[3]]), to_acc(d[k][c * g.dout.stride[3]]), x);
+            sum[k] =
+                fma(to_acc(o[k][c * p.out.stride[3]]), to_acc(d[k][c * g.dout.stride[3]]), sum[k]);
           });
-        for (int half = kLanes / 2; half > 0; half /= 2)
-          for (int l = 0; l < half; ++l)
-            unroll<kAtOnce>([&](auto k) { sum[l][k] = sum[l][k] + sum[l + half][k]; });
-        unroll<kAtOnce>([&](auto k) { total[k] = total[k] + sum[0][k]; });
+        unroll<kAtOnce>([&](auto k) { total[k] = total[k] + sum[k]; });
       }
       std::copy_n(total, std::min<int64_t>(kAtOnce, end - first), static_cast<A*>(g.delta) + first);
     }
@@ -91,12 +87,11 @@ class Backward {
         dv_cols_(round_up(p.shape.v_dim, kPanel<A>)) {}
 
   void run() {
-    if (sums_by_lanes(p_) && ComputeOf<T>::type::kDepth == 1)
-      compute_delta<T, Vec<A>::kWidth>(p_, g_, plan_.threads);
+    if (few_queries(p_) || (sizeof(T) == 2 && g_.dbias && p_.bias_dtype == DType::kFloat32))
+      sum_delta();
     else
-      compute_delta<T, 1>(p_, g_, plan_.threads);
+      compute_delta<T>(p_, g_, plan_.threads);
     if (p_.shape.k_len == 0) return;
-    if (sizeof(T) == 2 && g_.dbias && p_.bias_dtype == DType::kFloat32) sum_delta();
     if (wanted_.ds() || wanted_.dv) sweep(plan_.dq_apart ? wanted_.without_dq() : wanted_);
     if (wanted_.dq && plan_.dq_apart) sweep_dq();
     if (g_.dbias && !bias_in_sweep_) sum_bias();
@@ -110,18 +105,15 @@ class Backward {
            (g.dbias.stride[2] || s.q_len == 1) && g.dbias.stride[3] == 1;
   }
 
-  // delta_i = sum_j p_ij dp_ij instead, as exact as dp. do_i . o_i has the rounding of o, which in
-  // half precision is common to a row: a float32 gradient that sums the row's scores would show it.
+  // delta_i = sum_j p_ij dp_ij instead, as exact as dp: do_i . o_i has the rounding of o, which is
+  // common to a row. Gradients of few terms would show it beside plain PyTorch's, and so would, in
+  // half precision, that of a float32 bias.
   void sum_delta() {
     constexpr int keys = kKeyBlock<A>;
     const AttentionShape& s = p_.shape;
-    const int64_t rows = s.batch * s.q_heads * s.q_len;
     const int64_t blocks = (s.q_len + kQueryBlock - 1) / kQueryBlock;
-    std::vector<A> zeros(rows, A(0));
-    AttentionGrads g{};  // d logit with delta 0 is p dp
+    AttentionGrads g{};  // d logit without a delta is p dp
     g.dout = g_.dout;
-    g.delta = zeros.data();
-    std::vector<A> sums(rows, A(0));
     parallel_dynamic(s.batch * s.q_heads * blocks, plan_.threads, [&](int64_t n, int) {
       const int64_t head = n / blocks, b = head / s.q_heads, h = head % s.q_heads;
       const int64_t i = n % blocks * kQueryBlock;
@@ -136,9 +128,8 @@ class Backward {
         for (int r = 0; r < count; ++r)
           total[r] = std::accumulate(tile.dlogit(r), tile.dlogit(r) + width, total[r]);
       }
-      std::copy_n(total, count, sums.data() + head * s.q_len + i);
+      std::copy_n(total, count, static_cast<A*>(g_.delta) + head * s.q_len + i);
     });
-    std::copy_n(sums.data(), rows, static_cast<A*>(g_.delta));
   }
 
   void sweep(const Wanted wanted) {

@@ -16,8 +16,9 @@ constexpr int kQueryBlock = 8 * kTileRows;
 template <typename A>
 constexpr int kKeyBlock = kTileRows == 6 && kPanel<A> == 16 ? 96 : 2 * kPanel<A>;
 
-// The scores of few queries are made again as decode made them, so that their p add up to 1.
-inline bool sums_by_lanes(const AttentionParams& p) {
+// The gradients of few queries have few terms for roundings to average out in, and are cheap: their
+// scores are made again as decode made them, so that their p add up to 1.
+inline bool few_queries(const AttentionParams& p) {
   return p.shape.q_len <= ForwardPlan::kDecodeQueries;
 }
 
@@ -137,7 +138,7 @@ class BackwardTile {
 
   void product(Left<Compute> a, Panels<Compute> b, A* c, int rows, int panels, int elems) const {
     if constexpr (kDepth == 1)
-      if (sums_by_lanes(p_)) return tile_product_by_lanes(a, b, c, kKeys, rows, panels, elems);
+      if (few_queries(p_)) return tile_product_by_lanes(a, b, c, kKeys, rows, panels, elems);
     tile_product<Into::kStore>(a, b, c, kKeys, rows, panels, elems);
   }
 
@@ -175,7 +176,7 @@ class BackwardTile {
       A* dp = dprobs_ + ptrdiff_t(r) * kKeys;
       const A lse = static_cast<const A*>(p_.lse)[at + r];
       const A low = p_.lse_low ? static_cast<const A*>(p_.lse_low)[at + r] : A(0);
-      const A delta = static_cast<const A*>(g_.delta)[at + r];
+      const A delta = g_.delta ? static_cast<const A*>(g_.delta)[at + r] : A(0);
       const A dlse = g_.dlse ? static_cast<const A*>(g_.dlse)[at + r] : A(0);
       row(s, dp, width, lse, low, delta, dlse, r);
       if (kDepth == 2 || p_.dropout.p > 0) {
@@ -196,7 +197,7 @@ class BackwardTile {
       drop_row(keep_, words_, p_.dropout, b_, h_, i_ + r, j_, n_);
       for (int c = 0; c < n_; ++c) dp[c] *= keep_[c];
     }
-    if (sizeof(T) == 2 && wanted_.ds()) {
+    if (sizeof(T) == 2 && g_.delta && wanted_.ds()) {
       const KeyRange sees = p_.mask.keys_of(i_ + r, p_.shape.k_len);
       if (sees.begin >= j_ && sees.end <= j_ + n_) delta = own_delta(s, dp, width, lse, low);
     }
