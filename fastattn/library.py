@@ -34,9 +34,9 @@ _LAYER_NORM_SCALARS = "SymInt width, float eps, bool rms, float dropout_p, str b
 
 _SCHEMAS = (
     f"attention_forward(Tensor q, Tensor k, Tensor v, {_ATTENTION_TENSORS}, {_ATTENTION_SCALARS})"
-    " -> (Tensor out, Tensor lse)",
-    "attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, bool[] needs, "
-    f"Tensor q, Tensor k, Tensor v, {_ATTENTION_TENSORS}, {_ATTENTION_SCALARS})"
+    " -> (Tensor out, Tensor lse, Tensor lse_low)",
+    "attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor lse_low, "
+    f"bool[] needs, Tensor q, Tensor k, Tensor v, {_ATTENTION_TENSORS}, {_ATTENTION_SCALARS})"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)",
     "layer_norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? seed, "
     f"{_LAYER_NORM_SCALARS}) -> (Tensor y, Tensor new_residual, Tensor mean, Tensor rstd)",
@@ -52,9 +52,7 @@ _SCHEMAS = (
 for _schema in _SCHEMAS:
     _LIBRARY.define(_schema)
 
-_PLAIN = frozenset(
-    (torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list, torch.dtype)
-)
+_PLAIN = frozenset((type(None), bool, int, float, str, list, torch.dtype))
 
 
 class Op:
@@ -79,10 +77,10 @@ class Op:
         return self.below_autograd(*args)
 
     def below_autograd(self, *args: Any) -> Any:
-        """The op without its derivative."""
+        """The op without its derivative, for arguments that autograd has nothing to do with."""
+        if _nobody_looks(args):
+            return self.run(*args)  # the dispatcher would come to the same, 15 us later
         with torch._C._AutoDispatchBelowAutograd():
-            if _nobody_looks(args):
-                return self.run(*args)  # the dispatcher would come to the same, 15 us later
             return self.overload(*args)
 
     def differentiable_as(self, function: type[torch.autograd.Function]) -> None:
@@ -98,16 +96,32 @@ class Op:
         _LIBRARY.impl(self.name, run, "Autograd")
 
 
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd records a call of these tensors."""
+    if torch.is_grad_enabled():
+        for x in tensors:  # a loop: this runs at every call
+            if x is not None and x.requires_grad:
+                return True
+    return False
+
+
 def _nobody_looks(args: tuple[Any, ...]) -> bool:
     """Plain tensors with memory, and no mode, transform, trace or profiler that must see the op."""
-    return (
-        torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._get_tracing_state() is None
-        and not torch.autograd._profiler_enabled()
-        and _PLAIN.issuperset(map(type, args))
-        and not any(isinstance(x, Tensor) and (x.is_meta or x.is_neg()) for x in args)
-    )
+    if (
+        torch._C._len_torch_dispatch_stack() != 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+    ):
+        return False
+    for x in args:  # a loop: this runs at every call
+        kind = type(x)
+        if kind is Tensor or kind is torch.nn.Parameter:
+            if x.is_meta or x.is_neg():
+                return False
+        elif kind not in _PLAIN:
+            return False
+    return True
 
 
 def _op(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Op]:
@@ -173,17 +187,25 @@ def attention_call(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> AttentionCall
     )
 
 
-def _attention_forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return empty_output(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=statistics_dtype(q.dtype))
+def _attention_forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    lse = q.new_empty(q.shape[:3], dtype=statistics_dtype(q.dtype))
+    return empty_output(q, v.shape[3]), lse, torch.empty_like(lse)
 
 
 @_op(_attention_forward_fake)
-def attention_forward(*args: Any) -> tuple[Tensor, Tensor]:
-    return BACKENDS[args[-1]].attention_forward(attention_call(*args[:-1]))
+def attention_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    out, lse, lse_low = BACKENDS[args[-1]].attention_forward(attention_call(*args[:-1]))
+    return out, lse, torch.zeros_like(lse) if lse_low is None else lse_low
 
 
 def _attention_backward_fake(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, needs: list[bool], *args: Any
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    lse_low: Tensor,
+    needs: list[bool],
+    *args: Any,
 ) -> tuple[Tensor, ...]:
     inputs = (*args[:4], args[5])  # q, k, v, bias, sinks
     return tuple(
@@ -196,10 +218,16 @@ def _attention_backward_fake(
 
 @_op(_attention_backward_fake)
 def attention_backward(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, needs: list[bool], *args: Any
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    lse_low: Tensor,
+    needs: list[bool],
+    *args: Any,
 ) -> tuple[Tensor, ...]:
     call = attention_call(*args[:-1])
-    grads = BACKENDS[args[-1]].attention_backward(call, dout, dlse, out, lse, tuple(needs))
+    grads = BACKENDS[args[-1]].attention_backward(call, dout, dlse, out, lse, lse_low, tuple(needs))
     dq, dk, dv, dbias, dsinks = (dout.new_empty(0) if dx is None else dx for dx in grads)
     return dq, dk, dv, dbias.view(args[3].shape) if needs[3] else dbias, dsinks
 

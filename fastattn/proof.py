@@ -95,17 +95,28 @@ def prove(case: Case, backend: str | None = None, backward: bool = True) -> Verd
 
 
 def _hold_to_law(case: Case, backend: str | None, inputs: Inputs, backward: bool) -> None:
+    if isinstance(case, AttentionCase) and _by_heads(case):
+        _check_some_heads(case, backend, inputs, backward)
+        return
+
+    def draw(n: int) -> testing.Comparison:
+        drawn = case.make_inputs(seed=n, requires_grad=backward) if n else inputs
+        return _compare(case, backend, drawn, backward)
+
+    testing.over_draws(draw)
+
+
+def _compare(
+    case: Case, backend: str | None, inputs: Inputs, backward: bool
+) -> testing.Comparison:
     if isinstance(case, AttentionCase):
-        if _by_heads(case):
-            _check_some_heads(case, backend, inputs, backward)
-            return
         options = {k: v for k, v in case.options.items() if k != "return_lse"}
-        testing.check_attention(backend, backward=backward, **inputs, **options)  # type: ignore[arg-type]
-    elif isinstance(case, LayerNormCase):
+        return testing.compare_attention(backend, backward=backward, **inputs, **options)  # type: ignore[arg-type]
+    if isinstance(case, LayerNormCase):
         keywords: dict[str, Any] = {n: inputs.get(n) for n in ("weight", "bias", "residual")}
         if case.residual:
             keywords["dropout_p"] = case.dropout_p
-        testing.check_layer_norm(
+        return testing.compare_layer_norm(
             backend,
             inputs["x"],
             case.normalized_shape,
@@ -114,8 +125,8 @@ def _hold_to_law(case: Case, backend: str | None, inputs: Inputs, backward: bool
             eps=case.eps,
             **keywords,
         )
-    elif isinstance(case, SoftmaxCase):
-        testing.check_softmax(
+    if isinstance(case, SoftmaxCase):
+        return testing.compare_softmax(
             backend,
             inputs["x"],
             case.dim,
@@ -125,8 +136,7 @@ def _hold_to_law(case: Case, backend: str | None, inputs: Inputs, backward: bool
             scale=case.scale,
             dtype=case.out_dtype,
         )
-    else:
-        raise TypeError(f"no proof of {type(case).__name__}")
+    raise TypeError(f"no proof of {type(case).__name__}")
 
 
 def _by_heads(case: AttentionCase) -> bool:

@@ -52,11 +52,11 @@ def test_opcheck_attention_forward(backend):
 @backends
 def test_opcheck_attention_backward(backend):
     arguments = attention_arguments("all", backend)
-    out, lse = (x.detach() for x in OPS.attention_forward(*arguments))
+    out, lse, low = (x.detach() for x in OPS.attention_forward(*arguments))
     dout, dlse = torch.randn_like(out), torch.randn_like(lse)
-    opcheck(OPS.attention_backward.default, (dout, dlse, out, lse, [True] * 5, *arguments))
+    opcheck(OPS.attention_backward.default, (dout, dlse, out, lse, low, [True] * 5, *arguments))
     few = [False, True, False, False, True]
-    opcheck(OPS.attention_backward.default, (dout, None, out, lse, few, *detached(arguments)))
+    opcheck(OPS.attention_backward.default, (dout, None, out, lse, low, few, *detached(arguments)))
 
 
 @backends

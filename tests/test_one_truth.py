@@ -140,10 +140,10 @@ def test_backends_pair(backend):
     call = AttentionCall(
         q, k, v, None, None, torch.randn(2, dtype=torch.float64), torch.tensor(3), 0.3, 2.0, 40, 0, 0, 0.2
     )  # fmt: skip
-    out, lse = BACKENDS[backend].attention_forward(call)
+    out, lse, low = BACKENDS[backend].attention_forward(call)
     needs = (True, True, True, False, True)
     for other in fastattn.backends().available:
-        grads = BACKENDS[other].attention_backward(call, dout, None, out, lse, needs)
+        grads = BACKENDS[other].attention_backward(call, dout, None, out, lse, low, needs)
         expected = reference.attention_backward(call, dout, None)
         for i in (0, 1, 2, 4):
             torch.testing.assert_close(grads[i], expected[i])

@@ -58,7 +58,7 @@ inline Dropout dropout(const py::object& o) {
 
 // The tuple that fastattn/backends/cpu.py makes of an AttentionCall.
 inline AttentionParams attention_params(const py::tuple& t) {
-  if (t.size() != 15) throw py::value_error("attention: expected 15 fields");
+  if (t.size() != 16) throw py::value_error("attention: expected 16 fields");
   AttentionParams p;
   p.dtype = static_cast<DType>(t[0].cast<int>());
   int64_t n[7], mask[3];
@@ -69,19 +69,20 @@ inline AttentionParams attention_params(const py::tuple& t) {
   p.v = view(t[4]);
   p.out = view(t[5]);
   p.lse = address(t[6]);
-  p.bias = view(t[7]);
-  p.bias_dtype = static_cast<DType>(t[8].cast<int>());
-  p.alibi_slopes = view(t[9]);
-  p.sinks = address(t[10]);
-  const auto score = t[11].cast<py::tuple>();
+  p.lse_low = address(t[7]);
+  p.bias = view(t[8]);
+  p.bias_dtype = static_cast<DType>(t[9].cast<int>());
+  p.alibi_slopes = view(t[10]);
+  p.sinks = address(t[11]);
+  const auto score = t[12].cast<py::tuple>();
   p.scale = score[0].cast<double>();
   p.softcap = score[1].cast<double>();
-  int_tuple(t[12].cast<py::tuple>(), "mask", mask);
+  int_tuple(t[13].cast<py::tuple>(), "mask", mask);
   p.mask.left = mask[0];
   p.mask.right = mask[1];
   p.mask.shift = mask[2];
-  p.dropout = dropout(t[13]);
-  p.threads = t[14].cast<int>();
+  p.dropout = dropout(t[14]);
+  p.threads = t[15].cast<int>();
   return p;
 }
 

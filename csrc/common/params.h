@@ -44,7 +44,9 @@ struct AttentionParams {
   AttentionShape shape;
   View q, k, v;
   View out;   // forward: written; backward: read
-  void* lse;  // (batch, q_heads, q_len), contiguous, statistics dtype
+  // (batch, q_heads, q_len), contiguous, statistics dtype: as out. lse_low is what rounding took off
+  // lse, so that their sum is twice as exact; the backward may have none.
+  void *lse, *lse_low;
   View bias;  // no data: no bias; stride 0 on broadcast dimensions
   DType bias_dtype;
   View alibi_slopes;      // (batch, q_heads), statistics dtype

@@ -7,8 +7,8 @@
 // gather in a tile, dq in a float32 copy of the head. Where such copies would take too much memory,
 // dq has a sweep of its own, in which a unit of work takes a range of queries through their keys.
 //
-// A large lse, say -3e38 from a bias of the smallest float, has no room for the log of the sum, and
-// exp(logit - lse) would be anything: the maxima and sums of those rows are made again.
+// lse comes in two numbers: one has no room for the log of the sum beside a bias of, say, -3e38, and
+// its rounding would show in each p of the row.
 #include <memory>
 #include <numeric>
 
@@ -20,12 +20,13 @@
 namespace fastattn {
 namespace {
 
-// delta_i = do_i . o_i, one product after the other as tile_matmul sums do_i . v_j: for a query
-// that sees one key the two then cancel to the last bit. Rows side by side keep the processor busy.
-template <typename T>
+// delta_i = do_i . o_i, summed as the tiles sum do_i . v_j: for a query that sees one key the two
+// then cancel to the last bit. One product after the other, or by kLanes as decode has it. Rows side
+// by side keep the processor busy.
+template <typename T, int kLanes>
 void compute_delta(const AttentionParams& p, const AttentionGrads& g, int threads) {
   using A = Acc<T>;
-  constexpr int kAtOnce = 8;
+  constexpr int kAtOnce = kLanes == 1 ? 8 : 1, kRun = kLanes == 1 ? kSumRun : 1 << 30;
   const AttentionShape& s = p.shape;
   const int64_t rows = s.batch * s.q_heads * s.q_len;
   parallel_static(rows, threads, [&](int64_t begin, int64_t end, int) {
@@ -38,14 +39,17 @@ void compute_delta(const AttentionParams& p, const AttentionGrads& g, int thread
         d[k] = g.dout.at<const T>(b, h, i);
       }
       A total[kAtOnce] = {};
-      for (int64_t run = 0; run < s.v_dim; run += sum_run(p)) {
-        A sum[kAtOnce] = {};
-        for (int64_t c = run; c < std::min<int64_t>(run + sum_run(p), s.v_dim); ++c)
+      for (int64_t run = 0; run < s.v_dim; run += kRun) {
+        A sum[kLanes][kAtOnce] = {};
+        for (int64_t c = run; c < std::min<int64_t>(run + kRun, s.v_dim); ++c)
           unroll<kAtOnce>([&](auto k) {
-            sum[k] =
-                fma(to_acc(o[k][c * p.out.stride[3]]), to_acc(d[k][c * g.dout.stride[3]]), sum[k]);
+            A& x = sum[c % kLanes][k];
+            x = fma(to_acc(o[k][c * p.out.stride[3]]), to_acc(d[k][c * g.dout.stride[3]]), x);
           });
-        unroll<kAtOnce>([&](auto k) { total[k] = total[k] + sum[k]; });
+        for (int half = kLanes / 2; half > 0; half /= 2)
+          for (int l = 0; l < half; ++l)
+            unroll<kAtOnce>([&](auto k) { sum[l][k] = sum[l][k] + sum[l + half][k]; });
+        unroll<kAtOnce>([&](auto k) { total[k] = total[k] + sum[0][k]; });
       }
       std::copy_n(total, std::min<int64_t>(kAtOnce, end - first), static_cast<A*>(g.delta) + first);
     }
@@ -87,9 +91,11 @@ class Backward {
         dv_cols_(round_up(p.shape.v_dim, kPanel<A>)) {}
 
   void run() {
-    compute_delta<T>(p_, g_, plan_.threads);
+    if (sums_by_lanes(p_) && ComputeOf<T>::type::kDepth == 1)
+      compute_delta<T, Vec<A>::kWidth>(p_, g_, plan_.threads);
+    else
+      compute_delta<T, 1>(p_, g_, plan_.threads);
     if (p_.shape.k_len == 0) return;
-    make_inexact_rows_again();
     if (wanted_.ds() || wanted_.dv) sweep(plan_.dq_apart ? wanted_.without_dq() : wanted_);
     if (wanted_.dq && plan_.dq_apart) sweep_dq();
     if (g_.dbias && !bias_in_sweep_) sum_bias();
@@ -101,46 +107,6 @@ class Backward {
     const AttentionShape& s = p.shape;
     return (g.dbias.stride[0] || s.batch == 1) && (g.dbias.stride[1] || s.q_heads == 1) &&
            (g.dbias.stride[2] || s.q_len == 1) && g.dbias.stride[3] == 1;
-  }
-
-  const RowScale<A>* again() const { return again_.empty() ? nullptr : again_.data(); }
-
-  // Where a rounding of lse would change a probability by more than about 1e-4; and where queries
-  // are few: the forward then summed q . k in another order, and making them again costs little.
-  bool inexact(A lse) const {
-    return std::isfinite(lse) && (p_.shape.q_len <= ForwardPlan::kDecodeQueries ||
-                                  std::abs(lse) * std::numeric_limits<A>::epsilon() > A(1e-4));
-  }
-
-  void make_inexact_rows_again() {
-    const AttentionShape& s = p_.shape;
-    const A* lse = static_cast<const A*>(p_.lse);
-    const int64_t rows = s.batch * s.q_heads * s.q_len;
-    const auto is_inexact = [&](A x) { return inexact(x); };
-    if (std::none_of(lse, lse + rows, is_inexact)) return;
-    again_.resize(rows);
-    for (int64_t r = 0; r < rows; ++r) again_[r] = {lse[r], 1};
-    const int64_t blocks = (s.q_len + kQueryBlock - 1) / kQueryBlock;
-    parallel_dynamic(s.batch * s.q_heads * blocks, plan_.threads, [&](int64_t n, int) {
-      const int64_t head = n / blocks, b = head / s.q_heads, h = head % s.q_heads;
-      const int64_t i = n % blocks * kQueryBlock, first = head * s.q_len + i;
-      const int count = int(std::min<int64_t>(kQueryBlock, s.q_len - i));
-      if (std::none_of(lse + first, lse + first + count, is_inexact)) return;
-      BackwardTile<T> tile(p_, g_, {}, again(), scratch_of_this_thread());
-      A max[kQueryBlock];
-      double sum[kQueryBlock];
-      std::fill_n(
-          max, count,
-          p_.sinks ? static_cast<const A*>(p_.sinks)[h] : -std::numeric_limits<A>::infinity());
-      std::fill_n(sum, count, p_.sinks ? 1.0 : 0.0);
-      const KeyRange seen = p_.mask.any_keys(i, i + count, s.k_len);
-      for (int64_t j = seen.begin / kKeyBlock<A> * kKeyBlock<A>; j < seen.end; j += kKeyBlock<A>) {
-        tile.load_keys(b, h / s.group(), j, int(std::min<int64_t>(kKeyBlock<A>, seen.end - j)));
-        tile.sum_rows(h, i, count, max, sum);
-      }
-      for (int r = 0; r < count; ++r)
-        if (inexact(lse[first + r])) again_[first + r] = {max[r], A(1 / sum[r])};
-    });
   }
 
   void sweep(const Wanted wanted) {
@@ -160,7 +126,7 @@ class Backward {
       const bool several = unit.heads.end - unit.heads.begin > 1;
       if ((dkv_parts || several) && !my_dkv)
         my_dkv.reset(new A[plan_.max_keys * (d_cols_ + dv_cols_)]);
-      BackwardTile<T> tile(p_, g_, wanted, again(), scratch_of_this_thread());
+      BackwardTile<T> tile(p_, g_, wanted, scratch_of_this_thread());
       for (int64_t h = unit.heads.begin; h < unit.heads.end; ++h) {
         if (wanted.dq) std::fill_n(my_dq.get(), dq_size, A(0));
         head(tile, wanted, unit, h, my_dq.get(), my_dkv.get());
@@ -213,7 +179,7 @@ class Backward {
       const int64_t head = n / chunks, b = head / s.q_heads, h = head % s.q_heads;
       const int64_t begin = (chunks - 1 - n % chunks) * queries;  // causal: the most keys first
       const int64_t end = std::min(s.q_len, begin + queries);
-      BackwardTile<T> tile(p_, g_, {true, false, false, false, false}, again(),
+      BackwardTile<T> tile(p_, g_, {true, false, false, false, false},
                            scratch_of_this_thread());
       std::vector<A> dq(size_t(end - begin) * d_cols_);
       const KeyRange seen = p_.mask.any_keys(begin, end, s.k_len);
@@ -292,7 +258,7 @@ class Backward {
     const int64_t k_blocks = by_key ? (s.k_len + keys - 1) / keys : 1;
     parallel_dynamic(b_count * h_count * q_blocks * k_blocks, plan_.threads, [&](int64_t u, int) {
       Scratch& scratch = scratch_of_this_thread();
-      BackwardTile<T> tile(p_, g_, {false, false, false, false, true}, again(), scratch);
+      BackwardTile<T> tile(p_, g_, {false, false, false, false, true}, scratch);
       // The sum may have millions of terms.
       double* total = scratch.take<double>(size_t(kQueryBlock) * keys);
       std::fill_n(total, size_t(kQueryBlock) * keys, 0.0);
@@ -334,7 +300,6 @@ class Backward {
   const bool bias_in_sweep_;
   const Wanted wanted_;
   const int64_t d_cols_, dv_cols_;
-  std::vector<RowScale<A>> again_;  // of all rows; empty: all as usual
 };
 
 }  // namespace

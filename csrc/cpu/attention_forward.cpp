@@ -66,7 +66,7 @@ class ForwardTile {
 
   const A* out() const { return out_; }  // (rows, out_stride()), unnormalised
   int out_stride() const { return v_cols_; }
-  const OnlineSoftmax<A>& state() const { return softmax_; }
+  const OnlineSoftmax<A, std::is_same_v<T, A>>& state() const { return softmax_; }
 
  private:
   static constexpr ptrdiff_t kValueStride = ptrdiff_t(kKeyBlock / kDepth) * kWide;
@@ -80,7 +80,7 @@ class ForwardTile {
     const int panels = int(round_up(end - begin, kWide) / kWide), width = panels * kWide;
     const ptrdiff_t k_stride = ptrdiff_t(d_elems_) * kWide;
     mod.prefetch(i + r0, rows, j + begin, end - begin);
-    tile_product<Compute>({q_ + ptrdiff_t(r0) * d_elems_, d_elems_, 1},
+    tile_product<Into::kStore, Compute>({q_ + ptrdiff_t(r0) * d_elems_, d_elems_, 1},
                           {k_ + begin / kWide * k_stride, k_stride}, scores_, kKeyBlock, rows,
                           panels, d_elems_);
     const QueriesOfHead<A> query{mod, i + r0};
@@ -95,8 +95,8 @@ class ForwardTile {
         for (int c = 0; c < v_cols_; ++c) out[r * v_cols_ + c] *= softmax_.factors(r0)[r];
       tile_matmul_sparse(left, right, out, v_cols_, rows, v_cols_ / kWide, depth);
     } else {
-      tile_matmul<Into::kRescale>(left, right, out, v_cols_, rows, v_cols_ / kWide, depth,
-                                  softmax_.factors(r0));
+      tile_product<Into::kRescale>(left, right, out, v_cols_, rows, v_cols_ / kWide, depth,
+                                   softmax_.factors(r0));
     }
   }
 
@@ -106,7 +106,7 @@ class ForwardTile {
   A* scores_;    // (kSubRows, kKeyBlock)
   Prob* probs_;  // the same, or a copy in bf16
   A* out_;       // (kMaxQueryTile, v_cols_)
-  OnlineSoftmax<A> softmax_;
+  OnlineSoftmax<A, std::is_same_v<T, A>> softmax_;
 };
 
 template <typename T>

@@ -64,20 +64,21 @@ class ForwardResults {
   }
 
   void finish(int64_t b, int64_t h, int64_t i, const A* out, double max, double sum) const {
-    double factor, lse;
+    double factor, log_sum;
     const double sink = p_.sinks ? static_cast<const A*>(p_.sinks)[h] : kHidden;
     if (sink != kHidden) {  // one more logit in the denominator, with no value
       const double m = max > sink || max != max ? max : sink;
       const double f = max == kHidden ? 0.0 : std::exp(max - m);
       sum = sum * f + std::exp(sink - m);
       factor = f / sum;
-      lse = m + std::log(sum);
+      log_sum = std::log(sum);
+      max = m;
     } else if (max == kHidden) {  // sees no key
       factor = 0;
-      lse = kHidden;
+      log_sum = 0;
     } else {
       factor = 1 / sum;
-      lse = max + std::log(sum);
+      log_sum = std::log(sum);
     }
     T* dst = p_.out.at<T>(b, h, i);
     constexpr int w = Vec<A>::kWidth;
@@ -86,7 +87,10 @@ class ForwardResults {
     int c = 0;
     for (; c + w <= width; c += w) store(dst + c, load(out + c) * f);
     if (c < width) store_n(dst + c, load_n(out + c, width - c) * f, width - c);
-    static_cast<A*>(p_.lse)[row(b, h, i)] = A(lse);
+    const A lse = A(max + log_sum);
+    static_cast<A*>(p_.lse)[row(b, h, i)] = lse;
+    static_cast<A*>(p_.lse_low)[row(b, h, i)] =
+        std::isfinite(lse) ? A((max - double(lse)) + log_sum) : A(0);
   }
 
   const AttentionParams& p_;

@@ -16,16 +16,9 @@ constexpr int kQueryBlock = 8 * kTileRows;
 template <typename A>
 constexpr int kKeyBlock = kTileRows == 6 && kPanel<A> == 16 ? 96 : 2 * kPanel<A>;
 
-// What turns a logit into its probability: exp(logit - reference) * factor. Usually the
-// reference is lse and the factor 1; for a row made again, its maximum and 1 / its sum.
-template <typename A>
-struct RowScale {
-  A reference, factor;
-};
-
-// Few queries can afford shorter sums, as exact as the forward's, which sums by lanes (decode).
-inline int sum_run(const AttentionParams& p) {
-  return p.shape.q_len <= ForwardPlan::kDecodeQueries ? 16 : kSumRun;
+// The scores of few queries are made again as decode made them, so that their p add up to 1.
+inline bool sums_by_lanes(const AttentionParams& p) {
+  return p.shape.q_len <= ForwardPlan::kDecodeQueries;
 }
 
 struct Wanted {
@@ -50,14 +43,11 @@ class BackwardTile {
   using Narrow = std::conditional_t<kDepth == 1, A, T>;        // what the products read
 
  public:
-  // `again`: of all rows, where some were made again, else null.
-  BackwardTile(const AttentionParams& p, const AttentionGrads& g, Wanted wanted,
-               const RowScale<A>* again, Scratch& s)
+  BackwardTile(const AttentionParams& p, const AttentionGrads& g, Wanted wanted, Scratch& s)
       : p_(p),
         g_(g),
         wanted_(wanted),
-        again_(again),
-        modified_(ScoreMod<A>::needed(p) || again),
+        modified_(ScoreMod<A>::needed(p)),
         d_(int(p.shape.head_dim)),
         dv_(int(p.shape.v_dim)),
         d_elems_(int(round_up(d_, kDepth) / kDepth)),
@@ -107,29 +97,12 @@ class BackwardTile {
     const int panels = int(round_up(n_, kWide) / kWide);
     if (wanted_.ds()) {
       pack_rows<Compute>(do_rows_, dv_elems_, dout, rows, dv_);
-      tile_product<Compute>({do_rows_, dv_elems_, 1}, {v_transposed_, ptrdiff_t(dv_elems_) * kWide},
-                            dprobs_, kKeys, rows, panels, dv_elems_, sum_run(p_));
+      product({do_rows_, dv_elems_, 1}, {v_transposed_, ptrdiff_t(dv_elems_) * kWide}, dprobs_,
+              rows, panels, dv_elems_);
     }
     if (wanted_.dk) pack_panels<Compute>(q_panels_, kByRow, q, rows, d_);
     if (wanted_.dv) pack_panels<Compute>(do_panels_, kByRow, dout, rows, dv_);
     differentiate();
-  }
-
-  // Takes the keys at hand into the maximum and the sum of exp(logit - maximum) of each query.
-  FASTATTN_NOINLINE void sum_rows(int64_t h, int64_t i, int rows, A* max, double* sum) {
-    load_scores(h, i, rows);
-    const ScoreMod<A> mod(p_, b_, h_);
-    for (int r = 0; r < rows; ++r) {
-      const A* s = make_logits(mod, r);
-      for (int c = 0; c < n_; ++c) {
-        if (s[c] == -std::numeric_limits<A>::infinity()) continue;
-        if (s[c] > max[r]) {
-          sum[r] *= std::exp(double(max[r]) - s[c]);
-          max[r] = s[c];
-        }
-        sum[r] += std::exp(double(s[c]) - max[r]);
-      }
-    }
   }
 
   // dv (n, dv_cols) += drop(p)^T . do
@@ -162,6 +135,12 @@ class BackwardTile {
       tile_matmul<Into::kAdd>(left, right, c, cols, rows, cols / kWide, elems);
   }
 
+  void product(Left<Compute> a, Panels<Compute> b, A* c, int rows, int panels, int elems) const {
+    if constexpr (kDepth == 1)
+      if (sums_by_lanes(p_)) return tile_product_by_lanes(a, b, c, kKeys, rows, panels, elems);
+    tile_product<Into::kStore>(a, b, c, kKeys, rows, panels, elems);
+  }
+
   // scores_ = q . k^T
   Source<T> load_scores(int64_t h, int64_t i, int rows) {
     h_ = h;
@@ -170,8 +149,8 @@ class BackwardTile {
     const Source<T> q{p_.q.at<const T>(b_, h, i), p_.q.stride[2], p_.q.stride[3]};
     const int panels = int(round_up(n_, kWide) / kWide);
     pack_rows<Compute>(q_rows_, d_elems_, q, rows, d_);
-    tile_product<Compute>({q_rows_, d_elems_, 1}, {k_transposed_, ptrdiff_t(d_elems_) * kWide},
-                          scores_, kKeys, rows, panels, d_elems_, sum_run(p_));
+    product({q_rows_, d_elems_, 1}, {k_transposed_, ptrdiff_t(d_elems_) * kWide}, scores_, rows,
+            panels, d_elems_);
     return q;
   }
 
@@ -195,9 +174,10 @@ class BackwardTile {
       A* s = make_logits(mod, r);
       A* dp = dprobs_ + ptrdiff_t(r) * kKeys;
       const A lse = static_cast<const A*>(p_.lse)[at + r];
+      const A low = p_.lse_low ? static_cast<const A*>(p_.lse_low)[at + r] : A(0);
       const A delta = static_cast<const A*>(g_.delta)[at + r];
       const A dlse = g_.dlse ? static_cast<const A*>(g_.dlse)[at + r] : A(0);
-      row(s, dp, width, again_ ? again_[at + r] : RowScale<A>{lse, 1}, delta, dlse, r);
+      row(s, dp, width, lse, low, delta, dlse, r);
       if (kDepth == 2 || p_.dropout.p > 0) {
         // Keys beyond the last must not reach the products as NaN.
         for (int c = n_; c < width; ++c) s[c] = dp[c] = 0;
@@ -207,9 +187,9 @@ class BackwardTile {
     if constexpr (kDepth == 2) narrow(width);
   }
 
-  void row(A* s, A* dp, int width, RowScale<A> to_p, A delta, A dlse, int r) {
+  void row(A* s, A* dp, int width, A lse, A low, A delta, A dlse, int r) {
     constexpr A infinity = std::numeric_limits<A>::infinity();
-    if (to_p.reference == -infinity) to_p.reference = infinity;  // sees no key: p = 0
+    if (lse == -infinity) lse = infinity;  // sees no key: p = 0
     const bool drops = p_.dropout.p > 0;
     if (drops && wanted_.ds()) {  // dp = drop(do . v)
       std::fill_n(keep_, width, A(1));
@@ -217,27 +197,26 @@ class BackwardTile {
       for (int c = 0; c < n_; ++c) dp[c] *= keep_[c];
     }
     // One that saw a NaN has lse NaN, and still p = 0 where it sees nothing.
-    const bool spoilt = to_p.reference != to_p.reference;
+    const bool spoilt = lse != lse;
     if (modified_ || spoilt || wanted_.dbias || wanted_.dlogit || !wanted_.ds())
-      row_loop<true>(s, dp, width, to_p, delta, dlse, r);
+      row_loop<true>(s, dp, width, lse, low, delta, dlse, r);
     else
-      row_loop<false>(s, dp, width, to_p, delta, dlse, r);
+      row_loop<false>(s, dp, width, lse, low, delta, dlse, r);
   }
 
   template <bool kGeneral>
-  FASTATTN_INLINE void row_loop(A* s, A* dp, int width, RowScale<A> to_p, A delta, A dlse, int r) {
+  FASTATTN_INLINE void row_loop(A* s, A* dp, int width, A lse, A low, A delta, A dlse, int r) {
     using V = Vec<A>;
     constexpr int w = V::kWidth;
     A* dbias = kGeneral && wanted_.dbias ? g_.dbias.at<A>(b_, h_, i_ + r) + j_ : nullptr;
     const V vdelta = set1(delta), vdlse = set1(dlse), scale = set1(A(p_.scale));
-    const V reference = set1(to_p.reference), share = set1(to_p.factor);
+    const V minus_lse = set1(-lse), minus_low = set1(-low);
     const V hidden = set1(-std::numeric_limits<A>::infinity());
     const V factor = kGeneral && modified_ ? set1(A(1)) : scale;
     for (int c = 0; c < width; c += w) {
-      // The logit is rounded as it was for lse.
-      const V logit = load(s + c) * factor;
-      V p = exp_below(logit - reference) * share;
-      if (kGeneral) p = select(equal(logit, hidden), zero<A>(), p);
+      const V score = load(s + c);
+      V p = exp_below(fma(score, factor, minus_lse) + minus_low);
+      if (kGeneral) p = select(equal(score, hidden), zero<A>(), p);
       store(s + c, p);
       if (kGeneral && !wanted_.ds()) continue;
       V g = p * ((load(dp + c) - vdelta) + vdlse);
@@ -278,7 +257,6 @@ class BackwardTile {
   const AttentionParams& p_;
   const AttentionGrads& g_;
   const Wanted wanted_;
-  const RowScale<A>* again_;
   const bool modified_;
   const int d_, dv_, d_elems_, dv_elems_, d_cols_, dv_cols_;
   Elem *k_transposed_, *v_transposed_, *k_panels_, *q_rows_, *q_panels_, *do_rows_, *do_panels_;

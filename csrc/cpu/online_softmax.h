@@ -16,7 +16,7 @@ FASTATTN_INLINE Vec<A> reduce_rows(const A* rows, const Reduce& reduce) {
   Vec<A> x[w];
   for (int r = 0; r < w; ++r) x[r] = load(rows + r * w);
   transpose(x);
-  for (int r = 1; r < w; ++r) x[0] = reduce(x[0], x[r]);
+  reduce_as_tree<w>(x, reduce);
   return x[0];
 }
 
@@ -43,7 +43,9 @@ struct QueriesOfGroup {
 // Maxima are kept as scores, scaled or not, and a score's difference to them is taken before it is
 // scaled: the greatest itself must come out as exactly 0, also where a rounding is worth
 // thousands, and biases near the largest float must not overflow.
-template <typename A>
+//
+// kExact: to libm's accuracy, for inputs of type A; narrower ones take a shorter exp.
+template <typename A, bool kExact>
 class OnlineSoftmax {
   using V = Vec<A>;
   static constexpr int w = V::kWidth;
@@ -58,6 +60,7 @@ class OnlineSoftmax {
         modified_(ScoreMod<A>::needed(p)),
         max_(scratch.take<A>(max_rows + w)),
         sum_(scratch.take<A>(max_rows + w)),
+        sum_low_(scratch.take<A>(max_rows + w)),
         factor_(scratch.take<A>(max_rows + w)),
         reference_(scratch.take<A>(block_rows + w)),
         lanes_(scratch.take<A>((block_rows + w) * w)),
@@ -68,6 +71,7 @@ class OnlineSoftmax {
   void start(int rows) {
     std::fill_n(max_, rows + w, kHidden);
     std::fill_n(sum_, rows + w, A(0));
+    std::fill_n(sum_low_, rows + w, A(0));
   }
 
   // Turns scores (rows, score_row) of rows [r0, r0 + rows) of the tile with keys [j, j + n) into
@@ -97,9 +101,9 @@ class OnlineSoftmax {
       A* row = scores + ptrdiff_t(r) * score_row;
       P* out = probs + ptrdiff_t(r) * score_row;
       const V reference = set1(reference_[r]);
-      const auto exponent = [&](V s) { return (s - reference) * factor; };
-      const V total = convert_later ? exponentiate(row, row, width, exponent)
-                                    : exponentiate(row, out, width, exponent);
+      const auto exponential = [&](V s) { return exponential_of((s - reference) * factor); };
+      const V total = convert_later ? exponentiate(row, row, width, exponential)
+                                    : exponentiate(row, out, width, exponential);
       store(lanes_ + r * w, total);
       if (mark)
         for (int c = 0; c < n; ++c)
@@ -122,23 +126,31 @@ class OnlineSoftmax {
   double max(int r) const {
     return modified_ ? double(max_[r]) : double(max_[r]) * double(A(p_.scale));
   }
-  A sum(int r) const { return sum_[r]; }  // of exp(logit - max)
+  double sum(int r) const { return double(sum_[r]) + double(sum_low_[r]); }  // of exp(logit - max)
 
  private:
-  A exp_factor() const { return modified_ ? kExpUnit<A> : A(p_.scale * kExpUnit<A>); }
-  template <typename P, typename Exponent>
-  static FASTATTN_INLINE V exponentiate(const A* row, P* out, int width, const Exponent& exponent) {
+  // Scores times exp_factor() are what exponential_of takes.
+  static constexpr A kUnit = kExact ? A(1) : kExpUnit<A>;
+  A exp_factor() const { return modified_ ? kUnit : A(p_.scale * kUnit); }
+  static FASTATTN_INLINE V exponential_of(V x) {
+    if constexpr (kExact)
+      return exp_below(x);
+    else
+      return exp_units(x);
+  }
+  template <typename P, typename Exponential>
+  static FASTATTN_INLINE V exponentiate(const A* row, P* out, int width, const Exponential& exp) {
     V even = zero<A>(), odd = zero<A>();
     int c = 0;
     for (; c + 2 * w <= width; c += 2 * w) {
-      const V p = exp_units(exponent(load(row + c))), q = exp_units(exponent(load(row + c + w)));
+      const V p = exp(load(row + c)), q = exp(load(row + c + w));
       even = even + p;
       odd = odd + q;
       store(out + c, p);
       store(out + c + w, q);
     }
     for (; c < width; c += w) {
-      const V p = exp_units(exponent(load(row + c)));
+      const V p = exp(load(row + c));
       even = even + p;
       store(out + c, p);
     }
@@ -156,7 +168,7 @@ class OnlineSoftmax {
       // No change, also from -inf to -inf: a factor of 1.
       const V step = select(equal(now, before), zero<A>(), (before - now) * factor);
       store_n(max_ + r0 + r, now, live);
-      store_n(factor_ + r0 + r, exp_units(step), live);
+      store_n(factor_ + r0 + r, exponential_of(step), live);
       // A row that has seen nothing yet is all -inf: any finite reference turns it into zeros.
       store(reference_ + r, select(equal(now, hidden), zero<A>(), now));
     }
@@ -165,14 +177,20 @@ class OnlineSoftmax {
     for (int r = 0; r < rows; r += w) {
       const int live = std::min(w, rows - r);
       const V block = reduce_rows(lanes_ + r * w, [](V a, V b) { return a + b; });
-      const V before = load_n(sum_ + r0 + r, live);
-      store_n(sum_ + r0 + r, fma(load_n(factor_ + r0 + r, live), before, block), live);
+      const V factor = load_n(factor_ + r0 + r, live), before = load_n(sum_ + r0 + r, live);
+      // What rounding takes off is carried along (Knuth's two-sum; exact with fused products).
+      const V rescaled = factor * before, now = rescaled + block;
+      const V part = now - rescaled;
+      const V lost = fma(factor, before, zero<A>() - rescaled) +
+                     ((rescaled - (now - part)) + (block - part));
+      store_n(sum_ + r0 + r, now, live);
+      store_n(sum_low_ + r0 + r, fma(factor, load_n(sum_low_ + r0 + r, live), lost), live);
     }
   }
 
   const AttentionParams& p_;
   const bool modified_;
-  A *max_, *sum_, *factor_;  // of the tile
+  A *max_, *sum_, *sum_low_, *factor_;  // of the tile
   A *reference_, *lanes_;    // of the block: maxima, and per-lane maxima or sums
   A* bias_;
   uint32_t* words_;

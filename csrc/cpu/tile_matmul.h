@@ -164,24 +164,7 @@ FASTATTN_NOINLINE void tile_matmul(Left<Compute> a, Panels<Compute> b, typename 
   }
 }
 
-// Elements along K that are summed in one go; a longer product is summed by parts, which rounds
-// less.
-constexpr int kSumRun = 128;
-
-// C = A . B for any K, summed by parts of `run` elements.
-template <class Compute>
-FASTATTN_NOINLINE void tile_product(Left<Compute> a, Panels<Compute> b, typename Compute::Acc* c,
-                         ptrdiff_t c_row, int rows, int panels, int k_elems, int run = kSumRun) {
-  tile_matmul<Into::kStore>(a, b, c, c_row, rows, panels, std::min(k_elems, run));
-  for (int k = run; k < k_elems; k += run) {
-    a.data += run * a.depth;
-    b.data += run * kPanel<typename Compute::Acc>;
-    tile_matmul<Into::kAdd>(a, b, c, c_row, rows, panels, std::min(k_elems - k, run));
-  }
-}
-
-// As tile_matmul, for tiles that hold NaN or infinity beside masked elements: a zero in A adds
-// nothing, where 0 * NaN would spoil rows that do not see the element. Slow, and seldom called.
+// One of the values of an element.
 template <class Compute>
 inline typename Compute::Acc elem_value(const typename Compute::Elem* e, int part) {
   if constexpr (Compute::kDepth == 1) {
@@ -190,6 +173,45 @@ inline typename Compute::Acc elem_value(const typename Compute::Elem* e, int par
     return bits_to_float(part ? *e & 0xffff0000u : *e << 16);
   }
 }
+
+// Elements along K that are summed in one go; a longer product is summed by parts, which rounds less
+// than one long chain of additions does.
+constexpr int kSumRun = kTileRows == 8 ? 16 : 32;
+
+// As tile_matmul, summed by parts.
+template <Into kInto, class Compute>
+inline void tile_product(Left<Compute> a, Panels<Compute> b, typename Compute::Acc* c,
+                         ptrdiff_t c_row, int rows, int panels, int k_elems,
+                         const typename Compute::Acc* factor = nullptr) {
+  tile_matmul<kInto>(a, b, c, c_row, rows, panels, std::min(k_elems, kSumRun), factor);
+  for (int k = kSumRun; k < k_elems; k += kSumRun) {
+    a.data += kSumRun * a.depth;
+    b.data += kSumRun * kPanel<typename Compute::Acc>;
+    tile_matmul<Into::kAdd>(a, b, c, c_row, rows, panels, std::min(k_elems - k, kSumRun));
+  }
+}
+
+// The same summed as decode sums along head_dim, bit for bit: lane l takes the elements l, l + w, ...,
+// and then the lanes are added as a tree.
+template <typename A>
+FASTATTN_NOINLINE void tile_product_by_lanes(Left<Fma<A>> a, Panels<Fma<A>> b, A* c,
+                                             ptrdiff_t c_row, int rows, int panels, int k_elems) {
+  using V = Vec<A>;
+  constexpr int w = V::kWidth, width = kPanel<A>;
+  for (int m = 0; m < rows; ++m)
+    for (int n = 0; n < panels * width; n += w) {
+      const A* column = b.data + n / width * b.stride + n % width;
+      V sum[w];
+      for (V& lane : sum) lane = zero<A>();
+      for (int k = 0; k < k_elems; ++k)
+        sum[k % w] = fma(set1(a.data[m * a.row + k * a.depth]), load(column + k * width), sum[k % w]);
+      reduce_as_tree<w>(sum, [](V x, V y) { return x + y; });
+      store(c + m * c_row + n, sum[0]);
+    }
+}
+
+// As tile_matmul, for tiles that hold NaN or infinity beside masked elements: a zero in A adds
+// nothing, where 0 * NaN would spoil rows that do not see the element. Slow, and seldom called.
 template <class Compute>
 FASTATTN_NOINLINE void tile_matmul_sparse(Left<Compute> a, Panels<Compute> b, typename Compute::Acc* c,
                                ptrdiff_t c_row, int rows, int panels, int k_elems) {

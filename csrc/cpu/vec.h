@@ -812,6 +812,15 @@ FASTATTN_INLINE void unroll(F&& f) {
   unroll_indices(f, std::make_integer_sequence<int, kCount>{});
 }
 
+// x[0] = all of them reduced, as a tree, which rounds a sum less than a chain does.
+template <int kCount, typename A, int kSize, typename Reduce>
+FASTATTN_INLINE void reduce_as_tree(Vec<A> (&x)[kSize], const Reduce& reduce) {
+  if constexpr (kCount > 1) {
+    unroll<kCount / 2>([&](auto i) { x[i] = reduce(x[i], x[i + kCount / 2]); });
+    reduce_as_tree<kCount / 2>(x, reduce);
+  }
+}
+
 constexpr double kLog2E = 1.44269504088896340736, kLn2 = 0.69314718055994530942;
 
 FASTATTN_INLINE Vec<float> exp2_below(Vec<float> x) {

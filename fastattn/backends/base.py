@@ -6,8 +6,7 @@ tensors as the user gave them: any strides, any offset, stride 0 where something
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,8 +34,7 @@ def empty_output(q: Tensor, v_dim: int) -> Tensor:
     return q.new_empty((batch, heads, length, v_dim))
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionCall:
+class AttentionCall(NamedTuple):
     """One attention problem, validated. "Statistics dtype" is ``statistics_dtype(q.dtype)``.
 
     The score of query i and key j is ``softcap * tanh(scale * q_i.k_j / softcap)``, minus
@@ -59,8 +57,7 @@ class AttentionCall:
     dropout_p: float
 
 
-@dataclass(frozen=True, slots=True)
-class LayerNormCall:
+class LayerNormCall(NamedTuple):
     """Normalise the last ``width`` numbers of ``residual + dropout(x)``, or of x."""
 
     x: Tensor  # any shape; the normalised dimensions are the trailing ones
@@ -74,8 +71,7 @@ class LayerNormCall:
     dropout_p: float
 
 
-@dataclass(frozen=True, slots=True)
-class SoftmaxCall:
+class SoftmaxCall(NamedTuple):
     """``softmax(scale * x + mask)`` over ``dim``, or its logarithm.
 
     A row of -inf is NaN as in torch without a mask; with one it is zeros (log: -inf).
@@ -109,8 +105,10 @@ class Backend:
         """What a person wants to know about this backend here, such as its instruction set."""
         return ""
 
-    def attention_forward(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
-        """(out, lse): out as ``empty_output`` lays it out; lse (B, Hq, Sq), statistics dtype."""
+    def attention_forward(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(out, lse, lse_low): out as ``empty_output`` lays it out; lse (B, Hq, Sq), statistics
+        dtype; lse_low, as lse, what rounding took off it, for a backward that wants lse more
+        exactly, or None."""
         raise NotImplementedError
 
     def attention_backward(
@@ -120,6 +118,7 @@ class Backend:
         dlse: Tensor | None,
         out: Tensor,
         lse: Tensor,
+        lse_low: Tensor | None,
         needs: Needs,
     ) -> tuple[Tensor | None, ...]:
         """(dq, dk, dv, dbias, dsinks), those that ``needs`` asks for.

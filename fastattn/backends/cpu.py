@@ -74,12 +74,13 @@ class CpuBackend(RowKernels, Backend):
             reasons.append(f"serves float32, float64, bfloat16 and float16 (got {request.dtype})")
         return reasons
 
-    def attention_forward(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+    def attention_forward(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
         q = call.q
         out = empty_output(q, call.v.shape[-1])
         lse = torch.empty(q.shape[:3], dtype=statistics_dtype(q.dtype))
-        self.module.attention_forward(attention_problem(call, out, lse))
-        return out, lse
+        lse_low = torch.empty_like(lse)
+        self.module.attention_forward(attention_problem(call, out, lse, lse_low))
+        return out, lse, lse_low
 
     def attention_backward(
         self,
@@ -88,6 +89,7 @@ class CpuBackend(RowKernels, Backend):
         dlse: Tensor | None,
         out: Tensor,
         lse: Tensor,
+        lse_low: Tensor | None,
         needs: Needs,
     ) -> tuple[Tensor | None, ...]:
         bias, sinks = call.bias, call.sinks
@@ -108,7 +110,7 @@ class CpuBackend(RowKernels, Backend):
         if dlse is not None:
             dlse = dlse.to(lse.dtype).contiguous()
         self.module.attention_backward(
-            attention_problem(call, out, lse),
+            attention_problem(call, out, lse, lse_low),
             (
                 view(dout),
                 0 if dlse is None else dlse.data_ptr(),
@@ -123,7 +125,8 @@ class CpuBackend(RowKernels, Backend):
         if sinks is not None and needs[4]:
             # The sink's probability is exp(sink - lse); its value is zero, so its dp is too.
             # One number gathers from every row: in float64, as the sum of many like the parts.
-            share = torch.exp(sinks.double()[:, None] - lse.double())
+            exact_lse = lse.double() if lse_low is None else lse.double() + lse_low
+            share = torch.exp(sinks.double()[:, None] - exact_lse)
             share = share.masked_fill(lse == -math.inf, 0.0)
             dlogit = share * (delta if dlse is None else delta - dlse)
             dsinks = -dlogit.sum((0, 2)).to(sinks.dtype)
@@ -144,7 +147,9 @@ def broadcast_view(tensor: Tensor, like: Tensor) -> tuple[int, ...]:
     return (tensor.data_ptr(), *strides)
 
 
-def attention_problem(call: AttentionCall, out: Tensor, lse: Tensor) -> tuple:
+def attention_problem(
+    call: AttentionCall, out: Tensor, lse: Tensor, lse_low: Tensor | None
+) -> tuple:
     """The fields of AttentionParams (csrc/common/params.h), in the order of bind.h."""
     q, k, v, bias, sinks = call.q, call.k, call.v, call.bias, call.sinks
     batch, heads, q_len, head_dim = q.shape
@@ -156,6 +161,7 @@ def attention_problem(call: AttentionCall, out: Tensor, lse: Tensor) -> tuple:
         view(v),
         view(out),
         lse.data_ptr(),
+        0 if lse_low is None else lse_low.data_ptr(),
         None if bias is None else view(bias),
         DTYPES[torch.bool] if bias is None else DTYPES[bias.dtype],
         None if call.alibi_slopes is None else view(call.alibi_slopes),

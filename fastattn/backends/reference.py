@@ -23,9 +23,9 @@ class ReferenceBackend(Backend):
     def detail(self) -> str:
         return "naive PyTorch"
 
-    def attention_forward(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+    def attention_forward(self, call: AttentionCall) -> tuple[Tensor, Tensor, None]:
         out, lse = reference.attention(call)
-        return empty_output(call.q, call.v.shape[-1]).copy_(out), lse
+        return empty_output(call.q, call.v.shape[-1]).copy_(out), lse, None
 
     def attention_backward(
         self,
@@ -34,6 +34,7 @@ class ReferenceBackend(Backend):
         dlse: Tensor | None,
         out: Tensor,
         lse: Tensor,
+        lse_low: Tensor | None,
         needs: Needs,
     ) -> tuple[Tensor | None, ...]:
         dq, dk, dv, dbias, dsinks = reference.attention_backward(call, dout, dlse)

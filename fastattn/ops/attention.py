@@ -159,7 +159,7 @@ def explain(
     spec = AttentionSpec.of(
         q, k, v, causal, window, scale, softcap, alibi_slopes, bias, sinks, dropout_p, deterministic
     )
-    needs_grad = _needs_grad(q, k, v, bias, alibi_slopes, sinks)
+    needs_grad = library.needs_grad(q, k, v, bias, alibi_slopes, sinks)
     request = _request(q, k, v, bias, alibi_slopes, sinks, spec, deterministic, needs_grad)
     return dispatch.explain(backend, request)
 
@@ -176,11 +176,12 @@ def _attention(
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of a call that ``spec`` has found sound."""
-    needs_grad = _needs_grad(q, k, v, bias, alibi_slopes, sinks)
+    needs_grad = library.needs_grad(q, k, v, bias, alibi_slopes, sinks)
     request = _request(q, k, v, bias, alibi_slopes, sinks, spec, deterministic, needs_grad)
     chosen = dispatch.select(backend, request).name
     arguments = (*op_arguments(q, k, v, bias, alibi_slopes, sinks, spec), chosen)
-    return library.attention_forward.call(AttentionFunction, needs_grad, *arguments)
+    out, lse, _ = library.attention_forward.call(AttentionFunction, needs_grad, *arguments)
+    return out, lse
 
 
 def op_arguments(
@@ -196,34 +197,38 @@ def op_arguments(
     mask, scale, softcap, dropout_p = spec
     if alibi_slopes is not None:
         alibi_slopes = alibi_slopes.to(statistics_dtype(q.dtype))
-        if _needs_grad(alibi_slopes):  # rare: no kernel has their gradient
+        if library.needs_grad(alibi_slopes):  # rare: no kernel has their gradient
             bias, alibi_slopes = _alibi_as_bias(alibi_slopes, bias, mask.shift, q, k), None
     if sinks is not None:
         sinks = sinks.to(statistics_dtype(q.dtype)).contiguous()
-    if bias is not None and _needs_grad(bias) and _overlaps(bias):
+    if bias is not None and library.needs_grad(bias) and _overlaps(bias):
         bias = bias.contiguous()  # expanded by the caller: each element has a gradient of its own
     seed = torch.randint(2**63 - 1, (), device=q.device) if dropout_p > 0.0 else None
     return q, k, v, bias, alibi_slopes, sinks, seed, scale, softcap, *mask, dropout_p
 
 
 class AttentionFunction(torch.autograd.Function):
-    """Arguments of ``torch.ops.fastattn.attention_forward``; both outputs are differentiable."""
+    """Arguments and results of ``torch.ops.fastattn.attention_forward``; out and lse are
+    differentiable."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         return library.attention_forward.below_autograd(*arguments)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.save_for_backward(*inputs[:7], *output)
+        ctx.mark_non_differentiable(output[2])
         ctx.scalars = inputs[7:]
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        *inputs, out, lse = ctx.saved_tensors
+    def backward(
+        ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None
+    ) -> tuple[Tensor | None, ...]:
+        *inputs, out, lse, lse_low = ctx.saved_tensors
         wanted = ctx.needs_input_grad
         needs = [wanted[0], wanted[1], wanted[2], wanted[3], wanted[5]]
         grads = library.attention_backward.call(
@@ -233,6 +238,7 @@ class AttentionFunction(torch.autograd.Function):
             dlse,
             out,
             lse,
+            lse_low,
             needs,
             *inputs,
             *ctx.scalars,
@@ -248,10 +254,11 @@ def _composite_backward(
     dlse: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    lse_low: Tensor,
     needs: list[bool],
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    """The backward op out of torch operations; ``out`` and ``lse`` follow from the inputs."""
+    """The backward op out of torch operations; out, lse and lse_low follow from the inputs."""
     call = library.attention_call(*arguments[:-1])
     dq, dk, dv, dbias, dsinks = reference.attention_backward(call, dout, dlse)
     if dbias is not None:
@@ -268,12 +275,6 @@ AttentionBackwardFunction = library.double_backward(library.attention_backward, 
 
 
 # ------------------------------------------------------------------------------------- the details
-
-
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    return any(x is not None and x.requires_grad for x in tensors)
 
 
 def _request(

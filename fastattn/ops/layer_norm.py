@@ -141,9 +141,7 @@ def _layer_norm(
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """(y, new_residual) of sound arguments."""
-    needs_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, residual, weight, bias)
-    )
+    needs_grad = library.needs_grad(x, residual, weight, bias)
     flags = (("rms",) if rms else ()) + (("residual",) if residual is not None else ())
     if dropout_p:
         flags += ("dropout",)
@@ -240,29 +238,30 @@ def _check(name: str, x: Any, normalized_shape: Any, weight: Any, bias: Any) -> 
         ) from None
     if not shape:
         raise ValueError("normalized_shape: expected at least one dimension, got none")
-    if tuple(x.shape[-len(shape) :]) != shape:
+    if x.shape[-len(shape) :] != shape:
         raise ValueError(
             f"{name}: expected shape (*, {', '.join(str(n) for n in shape)}) to end in "
             f"normalized_shape, got {tuple(x.shape)}"
         )
-    for param_name, param in (("weight", weight), ("bias", bias)):
-        if param is None:
-            continue
-        check_tensor(param_name, param)
-        if tuple(param.shape) != shape:
-            raise ValueError(
-                f"{param_name}: expected normalized_shape {shape}, got {tuple(param.shape)}"
-            )
-        if param.dtype is not x.dtype and param.dtype is not statistics_dtype(x.dtype):
-            raise TypeError(
-                f"{param_name}: expected {x.dtype} or {statistics_dtype(x.dtype)}, "
-                f"got {param.dtype}"
-            )
-        if param.device != x.device:
-            raise ValueError(f"{param_name}: expected device {x.device}, got {param.device}")
+    if weight is not None:
+        _check_parameter("weight", weight, x, shape)
+    if bias is not None:
+        _check_parameter("bias", bias, x, shape)
     if weight is not None and bias is not None and weight.dtype is not bias.dtype:
         raise TypeError(f"bias: expected weight's dtype {weight.dtype}, got {bias.dtype}")
     return math.prod(shape)
+
+
+def _check_parameter(name: str, param: Any, x: Tensor, shape: tuple[int, ...]) -> None:
+    check_tensor(name, param)
+    if param.shape != shape:
+        raise ValueError(f"{name}: expected normalized_shape {shape}, got {tuple(param.shape)}")
+    if param.dtype is not x.dtype and param.dtype is not statistics_dtype(x.dtype):
+        raise TypeError(
+            f"{name}: expected {x.dtype} or {statistics_dtype(x.dtype)}, got {param.dtype}"
+        )
+    if param.device != x.device:
+        raise ValueError(f"{name}: expected device {x.device}, got {param.device}")
 
 
 def _check_residual(x: Tensor, residual: Any) -> None:
