@@ -11,7 +11,7 @@ namespace fastattn {
 namespace {
 
 // Below this many floating-point operations a second thread costs more than it brings.
-constexpr double kFlopsPerThread = 1e6;
+constexpr double kFlopsPerThread = 2.5e5;
 
 inline int useful_threads(const AttentionParams& p) {
   const AttentionShape& s = p.shape;

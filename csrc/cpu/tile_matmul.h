@@ -349,10 +349,17 @@ FASTATTN_NOINLINE void pack_panels_transposed(typename Compute::Elem* dst, ptrdi
     for (int half = 0; half < width; half += w) {
       const int n = std::min(w, rows - n0 - half);  // source rows in this vector; <= 0: padding
       int k = 0;
-      if (n == w && s.col == 1) {
+      if (n <= 0) {
+        for (; k < cols; k += depth)
+          store(reinterpret_cast<A*>(dst + k / depth * width + half), zero<A>());
+      } else if (s.col == 1) {
         for (; k + w * depth <= cols; k += w * depth) {
           Vec<A> x[w];
           for (int i = 0; i < w; ++i) {
+            if (i >= n) {
+              x[i] = zero<A>();
+              continue;
+            }
             const T* p = s.at(n0 + half + i, k);
             if constexpr (depth == 1) {
               x[i] = load(p);
