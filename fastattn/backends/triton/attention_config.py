@@ -1,0 +1,52 @@
+"""Which tiles, warps and stages: pure functions of shape, dtype and architecture, so that the first
+call tunes nothing."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .kernel import next_power_of_two
+
+MAX_HEAD_DIM = 512
+CACHE = 16 * 2**20  # bytes of keys and values that programs at work together should read
+
+
+class Config(NamedTuple):
+    block_m: int  # queries of a tile
+    block_n: int  # keys
+    num_warps: int
+    num_stages: int
+
+
+def columns(head_dim: int) -> int:
+    """A head dim in registers: a power of two, and at least what tl.dot takes."""
+    return max(16, next_power_of_two(head_dim))
+
+
+def forward_config(arch: str, dtype: torch.dtype, head_dim: int, v_dim: int, rows: int) -> Config:
+    """``rows``: what there is for a tile to take."""
+    if arch == "cpu":
+        return Config(32, 32, 4, 1)
+    return Config(64, 32, 4, 2)
+
+
+def heads_together(kv_bytes: int, sharing: int, even: bool) -> int:
+    """How many query heads are at work at the same time, ``sharing`` of which read the same keys.
+
+    Where all tiles have the same work (``even``) one head after the other serves the cache best;
+    else tiles of several heads, longest first, keep the device busy to the end.
+    """
+    if even:
+        return 1
+    return max(1, CACHE // max(kv_bytes, 1)) * sharing
+
+
+def key_splits(programs: int, k_len: int, block_n: int, processors: int) -> tuple[int, int]:
+    """(splits, keys of each): enough programs for the device, each with enough keys to be worth it."""
+    most = max(1, k_len // max(4 * block_n, 128))
+    splits = min(max(1, 2 * processors // max(programs, 1)), most, 128)
+    blocks = -(-k_len // block_n)
+    chunk = -(-blocks // splits) * block_n if blocks else block_n
+    return max(1, -(-k_len // chunk)), chunk

@@ -1,0 +1,382 @@
+"""Attention forward: the online softmax (Milakov and Gimelshein, 2018; Dao et al., 2022).
+
+A program takes a tile of queries through the keys they see: first those that only some of them see,
+then, unmasked, those that all see, then the rest. It keeps the running maximum m and sum l of each
+row, in the units of what the product gives where nothing modifies the score: the exponent takes the
+scale along, p = exp2(x * factor - m * factor).
+
+That is a difference of rounded numbers, and 0 * nan is nan. Where logits are so large that it
+matters, or where a result is not finite, the program takes its tile again, carefully: that costs
+nothing where it is not needed, and leaves the common loop as short as it can be.
+
+Where programs are too few for the device, the keys are split among several, whose maxima, sums and
+accumulators a second kernel merges. Few queries (decode) are taken together with those of the other
+heads that read the same keys: the rows of a tile are then (head, query) pairs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..base import AttentionCall, empty_output
+from .attention_config import Config, columns, forward_config, heads_together, key_splits
+from .attention_tile import (
+    Head,
+    Problem,
+    Static,
+    careful_dot,
+    is_modified,
+    kept,
+    load_keys,
+    load_rows,
+    load_values,
+    make_logits,
+    problem_of,
+    store_rows,
+    unsound,
+)
+from .kernel import (
+    LOG2E,
+    Launch,
+    View,
+    architecture,
+    float32_precision,
+    next_power_of_two,
+    processors,
+)
+from .mask import all_keys, any_keys
+
+_LOG2E = tl.constexpr(LOG2E)
+GROUPED_QUERIES = 16  # of a head, at most, where the rows of a tile are of several heads
+
+
+class Parts(NamedTuple):
+    """What programs that share a row's keys leave to be merged, float32."""
+
+    acc: Any  # (B, Hq, Sq, splits, Dv)
+    max: Any  # (B, Hq, Sq, splits)
+    sum: Any
+    splits: Any
+
+
+class Order(NamedTuple):
+    """Which tile a program takes: see ``tile_order``."""
+
+    tiles: Any  # of a head
+    heads: Any  # of all batches
+    together: Any
+
+
+@triton.jit
+def tile_order(order):
+    """(tile, head of all batches). Heads in groups whose keys stay in cache together; in a group
+    the last tile of each head first, since under a causal mask it has the most keys."""
+    program = tl.program_id(0)
+    first = program // (order.tiles * order.together) * order.together
+    rest = program - first * order.tiles
+    heads = tl.minimum(order.heads - first, order.together)
+    return order.tiles - 1 - rest // heads, first + rest % heads
+
+
+# ---------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _walk(
+    state,
+    queries,
+    k,
+    v,
+    begin,
+    end,
+    at,
+    i,
+    problem,
+    static: tl.constexpr,
+    MASKED: tl.constexpr,
+    CAREFUL: tl.constexpr,
+):
+    """Takes the keys [begin, end) into state: acc (M, Dv), m (M,) and l (M,)."""
+    acc, m, l = state
+    if static.modified:
+        factor = _LOG2E
+    else:
+        factor = problem.score.scale * _LOG2E
+    for start in range(begin, end, static.block_n):
+        j = start + tl.arange(0, static.block_n)[None, :]
+        keys = load_keys(k, at, start, problem, static, MASKED)  # (N, D)
+        x = tl.dot(queries, tl.trans(keys), input_precision=static.precision)  # (M, N)
+        x, _ = make_logits(x, at, i, j, problem, static.modified, MASKED)
+
+        top = tl.maximum(m, tl.max(x, 1))
+        # A row that has seen nothing yet is all -inf: any finite reference turns it into zeros.
+        reference = tl.where(top == -float("inf"), 0.0, top)
+        if CAREFUL:
+            p = tl.exp2((x - reference[:, None]) * factor)
+            alpha = tl.exp2((m - reference) * factor)
+        else:
+            reference = reference * factor
+            p = tl.exp2(x * factor - reference[:, None])
+            alpha = tl.exp2(m * factor - reference)
+        m = top
+        l = l * alpha + tl.sum(p, 1)
+        acc = acc * alpha[:, None]
+        if problem.dropout is not None:
+            p = tl.where(kept(problem.dropout, at, i, start, static.block_n), p, 0.0)
+
+        values = load_values(v, at, start, problem, static, MASKED)  # (N, Dv)
+        if CAREFUL:
+            acc = careful_dot(p, values, x != -float("inf"), acc, static.precision)
+        else:
+            acc = tl.dot(p.to(values.dtype), values, acc, input_precision=static.precision)
+    return acc, m, l
+
+
+@triton.jit
+def _start(static: tl.constexpr):
+    acc = tl.zeros((static.block_m, static.dv), tl.float32)
+    m = tl.full((static.block_m,), -float("inf"), tl.float32)
+    l = tl.zeros((static.block_m,), tl.float32)
+    return acc, m, l
+
+
+@triton.jit
+def _finish(state, out, lse, sinks, at, i, problem, static: tl.constexpr):
+    """Writes rows i (M,) whose sums are complete. A sink is one more logit, and has no value."""
+    acc, m, l = state
+    if static.modified:
+        top = m
+    else:
+        top = m * problem.score.scale
+    scale = tl.full(l.shape, 1.0, tl.float32)
+    if sinks is not None:
+        sink = tl.load(sinks + at.head).to(tl.float32)
+        peak = tl.maximum(top, sink)
+        reference = tl.where(peak == -float("inf"), 0.0, peak)
+        scale = tl.exp2((top - reference) * _LOG2E)
+        l = l * scale + tl.exp2((sink - reference) * _LOG2E)
+        top = peak
+    blind = l == 0
+    if problem.dropout is not None:
+        scale = scale * problem.dropout.scale
+    scale = tl.where(blind, 0.0, scale / tl.where(blind, 1.0, l))
+    q_len = problem.sizes.q_len
+    at2 = at
+    if static.grouped:
+        at2 = Head(at.batch, at.head[:, None], at.kv_head)
+    store_rows(out, acc * scale[:, None], at2, i[:, None], q_len, static.v_dim, static.dv)
+    row = (at.batch * problem.sizes.heads + at.head).to(tl.int64) * q_len + i
+    value = tl.where(blind, -float("inf"), top + tl.log(tl.where(blind, 1.0, l)))
+    tl.store(lse + row, value, mask=i < q_len)
+
+
+@triton.jit(do_not_specialize=["sizes", "mask", "dropout", "order", "chunk"])
+def attention_forward_kernel(
+    q,
+    k,
+    v,
+    out,
+    lse,
+    parts,
+    sinks,
+    sizes,
+    mask,
+    score,
+    dropout,
+    order,
+    chunk,
+    static: tl.constexpr,
+):
+    """A program: a tile of queries of a head, or of (head, query) pairs of a KV head, with all keys
+    that they see, or with those in its chunk of keys."""
+    problem = Problem(sizes, mask, score, dropout)
+    tile, number = tile_order(order)
+    row = tile * static.block_m + tl.arange(0, static.block_m)
+    if static.grouped:
+        kv_heads = sizes.heads // sizes.group
+        # Rows beyond the last have a query beyond the last.
+        i = tl.where(row < sizes.group * sizes.q_len, row % sizes.q_len, sizes.q_len)
+        group_head = tl.minimum(row // sizes.q_len, sizes.group - 1)
+        kv_head = number % kv_heads
+        at1 = Head(number // kv_heads, kv_head * sizes.group + group_head, kv_head)
+        at = Head(at1.batch, at1.head[:, None], kv_head)
+        i_begin = 0
+        i_end = sizes.q_len
+    else:
+        head = number % sizes.heads
+        at = Head(number // sizes.heads, head, head // sizes.group)
+        at1 = at
+        i = row
+        i_begin = tile * static.block_m
+        i_end = tl.minimum(i_begin + static.block_m, sizes.q_len)
+
+    N: tl.constexpr = static.block_n
+    begin, end = any_keys(i_begin, i_end, sizes.k_len, mask)
+    all_begin, all_end = all_keys(i_begin, i_end, sizes.k_len, mask)
+    if parts is not None:
+        split = tl.program_id(1)
+        begin = tl.maximum(begin, split * chunk)
+        end = tl.minimum(end, (split + 1) * chunk)
+        all_end = tl.minimum(all_end, end)
+    begin = begin // N * N
+    all_begin = tl.maximum(tl.cdiv(all_begin, N) * N, begin)
+    all_end = tl.maximum(all_end // N * N, all_begin)
+
+    i2 = i[:, None]
+    queries = load_rows(q, at, i2, sizes.q_len, static.head_dim, static.d)  # (M, D)
+    state = _start(static)
+    if mask.left is not None:
+        first_end = tl.minimum(all_begin, end)
+        state = _walk(state, queries, k, v, begin, first_end, at, i2, problem, static, True, False)
+    state = _walk(state, queries, k, v, all_begin, all_end, at, i2, problem, static, False, False)
+    state = _walk(state, queries, k, v, all_end, end, at, i2, problem, static, True, False)
+
+    acc, m, l = state
+    if static.modified:
+        factor = _LOG2E
+    else:
+        factor = score.scale * _LOG2E
+    doubtful = (l - l != 0) | ((tl.abs(m) * factor > 2.0**24) & (m != -float("inf")))
+    if unsound(acc) or tl.max(doubtful.to(tl.int32), 0) > 0:
+        state = _start(static)
+        state = _walk(state, queries, k, v, begin, end, at, i2, problem, static, True, True)
+
+    if parts is None:
+        _finish(state, out, lse, sinks, at1, i, problem, static)
+    else:
+        acc, m, l = state
+        inside = i < sizes.q_len
+        r = (at1.batch * sizes.heads + at1.head).to(tl.int64) * sizes.q_len + i
+        r = r * parts.splits + split
+        tl.store(parts.max + r, m, mask=inside)
+        tl.store(parts.sum + r, l, mask=inside)
+        d = tl.arange(0, static.dv)[None, :]
+        address = parts.acc + r[:, None] * static.v_dim + d
+        tl.store(address, acc, mask=inside[:, None] & (d < static.v_dim))
+
+
+@triton.jit(do_not_specialize=["sizes", "mask", "dropout"])
+def attention_merge_kernel(
+    out, lse, parts, sinks, sizes, mask, score, dropout, static: tl.constexpr, SPLITS: tl.constexpr
+):
+    """A program: block_m rows of a head, each from its parts."""
+    problem = Problem(sizes, mask, score, dropout)
+    number = tl.program_id(1)
+    head = number % sizes.heads
+    at = Head(number // sizes.heads, head, head // sizes.group)
+    i = tl.program_id(0) * static.block_m + tl.arange(0, static.block_m)
+    r = (number.to(tl.int64) * sizes.q_len + i) * parts.splits  # (M,)
+    inside = i < sizes.q_len
+
+    split = tl.arange(0, SPLITS)[None, :]
+    there = inside[:, None] & (split < parts.splits)
+    m = tl.load(parts.max + r[:, None] + split, mask=there, other=-float("inf"))
+    top = tl.max(m, 1)
+    if static.modified:
+        factor = _LOG2E
+    else:
+        factor = score.scale * _LOG2E
+    reference = tl.where(top == -float("inf"), 0.0, top)
+    d = tl.arange(0, static.dv)[None, :]
+    columns = inside[:, None] & (d < static.v_dim)
+    acc = tl.zeros((static.block_m, static.dv), tl.float32)
+    l = tl.zeros((static.block_m,), tl.float32)
+    for s in range(0, parts.splits):
+        m = tl.load(parts.max + r + s, mask=inside, other=-float("inf"))
+        weight = tl.exp2((m - reference) * factor)
+        l += weight * tl.load(parts.sum + r + s, mask=inside, other=0.0)
+        part = tl.load(parts.acc + (r + s)[:, None] * static.v_dim + d, mask=columns, other=0.0)
+        acc += weight[:, None] * part
+    _finish((acc, top, l), out, lse, sinks, at, i, problem, static)
+
+
+# ------------------------------------------------------------------------------------------- host
+
+
+def attention_forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """(out, lse), as ``Backend.attention_forward``."""
+    out = empty_output(call.q, call.v.shape[3])
+    lse = torch.empty(call.q.shape[:3], dtype=torch.float32, device=call.q.device)
+    for launch in forward_launches(call, out, lse, architecture(call.q.device)):
+        launch.run()
+    return out, lse
+
+
+def forward_launches(
+    call: AttentionCall, out: Tensor, lse: Tensor, arch: str, config: Config | None = None
+) -> list[Launch]:
+    """The kernels of one call; tensors may be on the meta device."""
+    batch, heads, q_len, head_dim = call.q.shape
+    v_dim = call.v.shape[3]
+    if batch * heads * q_len == 0:
+        return []
+    problem = problem_of(call)
+    sizes, score = problem.sizes, problem.score
+    grouped = q_len <= GROUPED_QUERIES and sizes.group > 1
+    rows = q_len * (sizes.group if grouped else 1)
+    if config is None:
+        config = forward_config(arch, call.q.dtype, head_dim, v_dim, rows)
+    static = Static(
+        head_dim,
+        v_dim,
+        columns(head_dim),
+        columns(v_dim),
+        config.block_m,
+        config.block_n,
+        is_modified(score),
+        grouped,
+        float32_precision() if call.q.dtype is torch.float32 else "ieee",
+        False,
+    )
+    tiles = -(-rows // config.block_m)
+    walked_heads = batch * heads // (sizes.group if grouped else 1)
+    splits, chunk = key_splits(
+        tiles * walked_heads, sizes.k_len, config.block_n, processors(call.q.device)
+    )
+    parts = None
+    if splits > 1:
+        shape = (*call.q.shape[:3], splits)
+        acc, peak, total = (
+            torch.empty(size, dtype=torch.float32, device=call.q.device)
+            for size in ((*shape, v_dim), shape, shape)
+        )
+        parts = Parts(acc, peak, total, splits)
+    kv_bytes = sizes.k_len * (head_dim + v_dim) * call.q.element_size()
+    together = heads_together(kv_bytes, 1 if grouped else sizes.group, problem.mask.right is None)
+    common = {"parts": parts, "sinks": call.sinks, **problem._asdict()}
+    launches = [
+        Launch(
+            attention_forward_kernel,
+            (tiles * walked_heads, splits),
+            {
+                "q": View.of(call.q),
+                "k": View.of(call.k),
+                "v": View.of(call.v),
+                "out": View.of(out),
+                "lse": lse,
+                **common,
+                "order": Order(tiles, walked_heads, together),
+                "chunk": chunk,
+            },
+            {"static": static},
+            config.num_warps,
+            config.num_stages,
+        )
+    ]
+    if parts is not None:
+        merge_rows = min(16, next_power_of_two(q_len))
+        static = static._replace(block_m=merge_rows, grouped=False)
+        launches.append(
+            Launch(
+                attention_merge_kernel,
+                (-(-q_len // merge_rows), batch * heads),
+                {"out": View.of(out), "lse": lse, **common},
+                {"static": static, "SPLITS": next_power_of_two(splits)},
+            )
+        )
+    return launches

@@ -1,0 +1,167 @@
+"""What every Triton kernel of the library is launched, described and compiled ahead of time with."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+LOG2E = 1.4426950408889634  # exp(x) = exp2(x * LOG2E)
+
+
+class View(NamedTuple):
+    """A tensor (batch, heads, sequence, dim) or less as a kernel walks it: address and strides.
+
+    In a kernel ``x.ptr + b * x.b + ...``; strides count elements, of any sign and size.
+    """
+
+    ptr: Any
+    b: Any
+    h: Any
+    s: Any = 0
+    d: Any = 0
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> View:
+        return cls(tensor, *tensor.stride())
+
+
+@dataclass(frozen=True)
+class KernelVariant:
+    """One compilation of a kernel, to be made and looked at without a GPU.
+
+    ``signature``, ``constants`` and ``attributes`` are what ``triton.compiler.ASTSource`` takes as
+    signature, constexprs and attrs: types by argument name (tuples of types for tuples), and values
+    and properties by the path to an argument, ``(index,)`` or ``(index, index in the tuple)``.
+    """
+
+    name: str
+    function: Any  # what triton.jit returned
+    signature: dict[str, Any]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], list[list[Any]]]
+    num_warps: int
+    num_stages: int
+    main: bool = False  # a main configuration: must not spill
+    instructions: tuple[str, ...] = ()  # tensor-core instructions that must occur in its assembly
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel: what runs, on what, and with which compile-time choices."""
+
+    function: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]  # by name, in the kernel's order: tensors, numbers, tuples, None
+    constants: dict[str, Any]  # the tl.constexpr parameters, which come last
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def run(self) -> None:
+        self.function[self.grid](
+            **self.arguments,
+            **self.constants,
+            num_warps=self.num_warps,
+            num_stages=self.num_stages,
+        )
+
+    def variant(
+        self, name: str, main: bool = False, instructions: tuple[str, ...] = ()
+    ) -> KernelVariant:
+        """What Triton would compile for this launch; its tensors may be on the meta device."""
+        typed = _Typed()
+        unspecialized = {p.name for p in self.function.params if p.do_not_specialize}
+        signature = {
+            key: typed.visit((i,), value, key not in unspecialized)
+            for i, (key, value) in enumerate(self.arguments.items())
+        }
+        for i, (key, value) in enumerate(self.constants.items(), start=len(signature)):
+            typed.constants[(i,)] = value
+            signature[key] = "constexpr"
+        return KernelVariant(
+            name,
+            self.function,
+            signature,
+            typed.constants,
+            typed.attributes,
+            self.num_warps,
+            self.num_stages,
+            main,
+            instructions,
+        )
+
+
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float64: "*fp64",
+    torch.bool: "*i1",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+@dataclass
+class _Typed:
+    """The types Triton gives to arguments, with what it specialises on: 1, and multiples of 16."""
+
+    constants: dict[tuple[int, ...], Any] = field(default_factory=dict)
+    attributes: dict[tuple[int, ...], list[list[Any]]] = field(default_factory=dict)
+
+    def visit(self, path: tuple[int, ...], value: Any, specialize: bool) -> Any:
+        if isinstance(value, tuple):
+            types = [self.visit((*path, i), x, specialize) for i, x in enumerate(value)]
+            return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
+        if value is None or (specialize and value == 1 and type(value) is int):
+            self.constants[path] = value
+            return "constexpr"
+        if isinstance(value, Tensor):
+            self._mark(path, value.is_meta or value.data_ptr() % 16 == 0)
+            return _POINTERS[value.dtype]
+        if isinstance(value, float):
+            return "fp32"
+        if isinstance(value, int):
+            self._mark(path, specialize and value % 16 == 0)
+            return "i32" if -(2**31) <= value < 2**31 else "i64"
+        block = getattr(value, "block_shape", None)  # a TensorDescriptor
+        if block is not None:
+            dtype = _POINTERS[value.base.dtype][1:]
+            return f"tensordesc<{dtype}{list(block)}>"
+        raise TypeError(f"cannot be a kernel's argument: {value!r}")
+
+    def _mark(self, path: tuple[int, ...], divisible: bool) -> None:
+        if divisible:
+            self.attributes[path] = [["tt.divisibility", 16]]
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """ "sm_90", "gfx942", ..., or "cpu" under Triton's interpreter: what heuristics go by."""
+    if device.type != "cuda":
+        return "cpu"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """How many multiprocessors the device has."""
+    if device.type != "cuda":
+        return 4
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def float32_precision() -> str:
+    """The ``input_precision`` of tl.dot for float32: what torch's own products may use."""
+    return "tf32" if torch.get_float32_matmul_precision() != "highest" else "ieee"
+
+
+def next_power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
