@@ -53,6 +53,10 @@ class TritonBackend(Backend):
     def __init__(self) -> None:
         self._unavailable: str | None = None
 
+    @property
+    def device(self) -> str:
+        return "cpu" if INTERPRETED else "cuda"
+
     def unavailable(self) -> str | None:
         if self._unavailable is None:
             self._unavailable = _obstacle()

@@ -14,9 +14,14 @@ from torch import Tensor
 
 from ..base import LayerNormCall, Needs
 from ..rows import rows_of
-from .kernel import Launch, processors
+from .kernel import Launch, architecture, processors
 from .philox import philox
-from .row_config import BACKWARD_IN_REGISTERS, row_config
+from .row_config import (
+    LAYER_NORM_BACKWARD_IN_REGISTERS,
+    LAYER_NORM_BYTES_IN_REGISTERS,
+    column_tile,
+    row_config,
+)
 from .rows import Dropout, Rows, Sizes, contiguous_like, launch_of, row_address
 
 # ---------------------------------------------------------------------------------------- tiles
@@ -54,6 +59,15 @@ def load_source(x, residual, new_residual, dropout, row, begin, column, inside, 
         tl.store(new_residual + column, stored, mask=inside)
         h = tl.where(inside, stored.to(tl.float32), 0.0)
     return h
+
+
+@triton.jit
+def first_of(x, residual, new_residual, dropout, row, exists, width):
+    """The first number (R,) of what is normalised."""
+    column = tl.arange(0, 16)[None, :]
+    inside = exists[:, None] & (column < width)
+    h = load_source(x, residual, new_residual, dropout, row, 0, column, inside, 16)
+    return tl.sum(tl.where(column == 0, h, 0.0), axis=1)
 
 
 @triton.jit
@@ -121,10 +135,7 @@ def layer_norm_forward_looped_kernel(
 
     first = tl.zeros((R,), tl.float32)
     if mean is not None:
-        column = tl.arange(0, 16)[None, :]
-        inside = exists[:, None] & (column < width)
-        h = load_source(at_x, at_residual, at_new, dropout, row, 0, column, inside, 16)
-        first = tl.sum(tl.where(column == 0, h, 0.0), axis=1)
+        first = first_of(at_x, at_residual, at_new, dropout, row, exists, width)
 
     # Moments of the blocks, joined one by one (Chan et al., 1979).
     centre = tl.zeros((R,), tl.float32)
@@ -170,11 +181,12 @@ def layer_norm_forward_looped_kernel(
         )
 
 
-def forward_launch(call: LayerNormCall, outputs: tuple[Tensor | None, ...]) -> Launch:
+def forward_launch(call: LayerNormCall, outputs: tuple[Tensor | None, ...], arch: str) -> Launch:
     y, new_residual, mean, rstd = outputs
     sizes, (x, residual), strides = rows_of(call.width, call.x, call.residual)
     assert rstd is not None
-    config = row_config(call.width, rstd.numel())
+    limit = LAYER_NORM_BYTES_IN_REGISTERS // x.element_size()
+    config = row_config(arch, call.width, rstd.numel(), limit)
     kernel = layer_norm_forward_looped_kernel if config.looped else layer_norm_forward_kernel
     given = {
         "x": Rows.of(x, strides[0], sizes), "residual": Rows.of(residual, strides[1], sizes),
@@ -198,7 +210,7 @@ def layer_norm_forward(
     rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
     mean = None if call.rms else torch.empty_like(rstd)
     if rows:
-        forward_launch(call, (y, new_residual, mean, rstd)).run()
+        forward_launch(call, (y, new_residual, mean, rstd), architecture(x.device)).run()
     return y, new_residual, mean, rstd
 
 
@@ -406,6 +418,7 @@ def backward_launches(
     statistics: tuple[Tensor | None, Tensor],
     incoming: tuple[Tensor, Tensor | None],
     grads: tuple[Tensor | None, ...],
+    arch: str,
 ) -> list[Launch]:
     """Rows in registers: one launch for everything; longer ones: one for dx and dresidual, one for
     the weights. Then one that sums what each program has of dweight and dbias."""
@@ -413,11 +426,12 @@ def backward_launches(
     sizes, held, strides = rows_of(width, source, *incoming)
     x, dy, dnew_residual = (Rows.of(t, s, sizes) for t, s in zip(held, strides, strict=True))
     rows, machine = rstd.numel(), processors(source.device)
-    config = row_config(width, rows, BACKWARD_IN_REGISTERS)
+    config = row_config(arch, width, rows, LAYER_NORM_BACKWARD_IN_REGISTERS)
     tiles = triton.cdiv(rows, config.block_rows)
-    blocks = triton.cdiv(width, _WEIGHTS_TILE["W"])  # of columns, where rows are looped
     if config.looped:
-        programs = min(triton.cdiv(rows, _WEIGHTS_TILE["R"]), triton.cdiv(4 * machine, blocks))
+        weights_tile = dict(zip("RW", column_tile(width, machine, 512), strict=True))
+        blocks = triton.cdiv(width, weights_tile["W"])
+        programs = min(triton.cdiv(rows, weights_tile["R"]), triton.cdiv(4 * machine, blocks))
     else:
         programs = min(tiles, machine * max(1, 16 // config.num_warps))
 
@@ -444,14 +458,11 @@ def backward_launches(
     if wants_weights:
         if config.looped:
             kernel = layer_norm_weights_kernel
-            launches.append(launch_of(kernel, (blocks, programs), given, _WEIGHTS_TILE, 8))
-        blocks = triton.cdiv(width, _SUM_TILE["W"])
-        launches.append(launch_of(sum_programs_kernel, (blocks,), given, _SUM_TILE, 4))
+            launches.append(launch_of(kernel, (blocks, programs), given, weights_tile, 8))
+        sum_tile = dict(zip("PW", column_tile(width, machine, 64), strict=True))
+        blocks = triton.cdiv(width, sum_tile["W"])
+        launches.append(launch_of(sum_programs_kernel, (blocks,), given, sum_tile, 8))
     return launches
-
-
-_WEIGHTS_TILE = {"R": 8, "W": 512}
-_SUM_TILE = {"P": 16, "W": 64}
 
 
 def layer_norm_backward(
@@ -469,7 +480,8 @@ def layer_norm_backward(
         for x, need in zip(like, needs, strict=True)
     )
     if rstd.numel():
-        for launch in backward_launches(call, source, (mean, rstd), (dy, dnew_residual), grads):
+        statistics, incoming, arch = (mean, rstd), (dy, dnew_residual), architecture(dy.device)
+        for launch in backward_launches(call, source, statistics, incoming, grads, arch):
             launch.run()
         return grads
     return tuple(None if dx is None else dx.zero_() for dx in grads)

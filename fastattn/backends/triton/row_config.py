@@ -7,8 +7,13 @@ from typing import NamedTuple
 
 from .kernel import next_power_of_two
 
-IN_REGISTERS = 32768  # numbers of a row that the registers of one program hold
-BACKWARD_IN_REGISTERS = 8192  # as many, where two gradients gather beside two inputs
+# Numbers of a row that the registers of one program hold without spilling, kernel by kernel: the
+# table of the generated code (tests/kernel_table) watches over them.
+SOFTMAX_IN_REGISTERS = 32768
+SOFTMAX_BACKWARD_IN_REGISTERS = 16384
+LAYER_NORM_BYTES_IN_REGISTERS = 65536
+LAYER_NORM_BACKWARD_IN_REGISTERS = 8192  # two gradients gather beside two inputs
+_COLUMNS_IN_REGISTERS = 16384
 LOOP_BLOCK = 8192  # of a longer row, at a time
 _TILE = 4096  # numbers that short rows are put together to
 
@@ -20,32 +25,40 @@ class RowConfig(NamedTuple):
     looped: bool  # the row does not fit: it is walked, block by block
 
 
-def row_config(
-    width: int, rows: int, limit: int = IN_REGISTERS, loop_block: int = LOOP_BLOCK
-) -> RowConfig:
+def row_config(arch: str, width: int, rows: int, limit: int) -> RowConfig:
     """Tiles of (block_rows, block_width): whole rows where they fit, several of them if short."""
     block_width = max(next_power_of_two(width), 16)
     looped = block_width > limit
     if looped:
-        block_width = loop_block
+        block_width = LOOP_BLOCK
     block_rows = max(1, min(_TILE // block_width, next_power_of_two(rows), 64))
-    return RowConfig(block_rows, block_width, warps_for(block_rows * block_width), looped)
+    return RowConfig(block_rows, block_width, warps_for(arch, block_rows * block_width), looped)
 
 
-def column_config(width: int, inner: int, limit: int = 16384) -> RowConfig:
+def column_config(arch: str, width: int, inner: int) -> RowConfig:
     """The same for columns, adjacent in memory: block_rows counts them, at least 32 where there are
     as many, for whole cache lines."""
     columns = next_power_of_two(inner)
     block_width = max(next_power_of_two(width), 16)
     block_columns = min(columns, 32)
-    looped = block_width * block_columns > limit
+    looped = block_width * block_columns > _COLUMNS_IN_REGISTERS
     if looped:
         block_width = _TILE // block_columns
     else:
         block_columns = max(block_columns, min(columns, _TILE // block_width))
-    return RowConfig(block_columns, block_width, warps_for(block_columns * block_width), looped)
+    warps = warps_for(arch, block_columns * block_width)
+    return RowConfig(block_columns, block_width, warps, looped)
 
 
-def warps_for(numbers: int) -> int:
-    """16 numbers a thread, between 1 and 16 warps."""
-    return max(1, min(numbers // 512, 16))
+def warps_for(arch: str, numbers: int) -> int:
+    """16 numbers a thread, and at most the 1024 threads that a program can have."""
+    warp = 64 if arch.startswith("gfx9") else 32
+    return max(1, min(numbers // 16, 1024) // warp)
+
+
+def column_tile(width: int, processors: int, least: int) -> tuple[int, int]:
+    """(rows, columns) of a tile of 4096 numbers, of a tensor that is summed over its rows: about two
+    programs for each multiprocessor, ``least`` columns or more."""
+    columns = next_power_of_two(width // (2 * processors))
+    columns = max(least, min(columns, 1024))
+    return _TILE // columns, columns

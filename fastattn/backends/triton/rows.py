@@ -34,6 +34,27 @@ class Rows(NamedTuple):
         return cls(x, *strides[:3])
 
 
+class Lines(NamedTuple):
+    """The same for softmax: ``along`` walks the numbers of a line, ``across`` the lines of a row."""
+
+    ptr: Any
+    outer: Any
+    middle: Any
+    stride: Any
+    along: Any
+    across: Any
+
+    @classmethod
+    def of(cls, x: Tensor, strides: tuple[int, ...], across: int, sizes: Any) -> Lines:
+        outer, middle = (None, None) if sizes[0] == sizes[1] == 1 else strides[:2]
+        return cls(x, outer, middle, strides[2], strides[3], across)
+
+    @classmethod
+    def contiguous(cls, x: Tensor, sizes: Any) -> Lines:
+        *_, width, inner = sizes
+        return cls(x, None, None, width * inner, inner, 1)
+
+
 class Sizes(NamedTuple):
     """How many rows there are, and in the inner two of their three dimensions."""
 
