@@ -1,4 +1,4 @@
-"""What every Triton kernel of the library is launched, described and compiled ahead of time with."""
+"""With what every Triton kernel of the library is launched, and compiled ahead of time."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 LOG2E = 1.4426950408889634  # exp(x) = exp2(x * LOG2E)
@@ -55,18 +56,25 @@ class Launch:
 
     function: Any
     grid: tuple[int, ...]
-    arguments: dict[str, Any]  # by name, in the kernel's order: tensors, numbers, tuples, None
-    constants: dict[str, Any]  # the tl.constexpr parameters, which come last
+    arguments: dict[str, Any]  # by name: tensors, numbers, tuples, None
+    constants: dict[str, Any]  # the tl.constexpr parameters; may be named tuples
     num_warps: int = 4
     num_stages: int = 2
 
     def run(self) -> None:
         self.function[self.grid](
             **self.arguments,
-            **self.constants,
+            **self._compile_time(),
             num_warps=self.num_warps,
             num_stages=self.num_stages,
         )
+
+    def _compile_time(self) -> dict[str, Any]:
+        """Fields of a named tuple each as a tl.constexpr: a kernel can pass them on as such."""
+        return {
+            key: type(value)(*map(tl.constexpr, value)) if isinstance(value, tuple) else value
+            for key, value in self.constants.items()
+        }
 
     def variant(
         self, name: str, main: bool = False, instructions: tuple[str, ...] = ()
@@ -74,13 +82,15 @@ class Launch:
         """What Triton would compile for this launch; its tensors may be on the meta device."""
         typed = _Typed()
         unspecialized = {p.name for p in self.function.params if p.do_not_specialize}
-        signature = {
-            key: typed.visit((i,), value, key not in unspecialized)
-            for i, (key, value) in enumerate(self.arguments.items())
-        }
-        for i, (key, value) in enumerate(self.constants.items(), start=len(signature)):
-            typed.constants[(i,)] = value
-            signature[key] = "constexpr"
+        constants = self._compile_time()
+        signature: dict[str, Any] = {}
+        for i, key in enumerate(self.function.arg_names):
+            if key in constants:
+                typed.constants[(i,)] = constants[key]
+                signature[key] = "constexpr"
+            else:
+                value = self.arguments[key]
+                signature[key] = typed.visit((i,), value, key not in unspecialized)
         return KernelVariant(
             name,
             self.function,
@@ -117,7 +127,7 @@ class _Typed:
         if isinstance(value, tuple):
             types = [self.visit((*path, i), x, specialize) for i, x in enumerate(value)]
             return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
-        if value is None or (specialize and value == 1 and type(value) is int):
+        if value is None or (specialize and type(value) is int and value == 1):
             self.constants[path] = value
             return "constexpr"
         if isinstance(value, Tensor):
