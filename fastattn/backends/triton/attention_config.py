@@ -20,6 +20,13 @@ class Config(NamedTuple):
     num_stages: int
 
 
+class BackwardConfig(NamedTuple):
+    rows: Config
+    dq: Config
+    dkdv: Config
+    dbias: Config
+
+
 def columns(head_dim: int) -> int:
     """A head dim in registers: a power of two, and at least what tl.dot takes."""
     return max(16, next_power_of_two(head_dim))
@@ -30,6 +37,14 @@ def forward_config(arch: str, dtype: torch.dtype, head_dim: int, v_dim: int, row
     if arch == "cpu":
         return Config(32, 32, 4, 1)
     return Config(64, 32, 4, 2)
+
+
+def backward_config(arch: str, dtype: torch.dtype, head_dim: int, v_dim: int) -> BackwardConfig:
+    if arch == "cpu":
+        return BackwardConfig(*[Config(32, 32, 4, 1)] * 4)
+    return BackwardConfig(
+        Config(64, 32, 4, 2), Config(64, 32, 4, 2), Config(32, 64, 4, 2), Config(32, 32, 4, 2)
+    )
 
 
 def heads_together(kv_bytes: int, sharing: int, even: bool) -> int:
@@ -44,7 +59,7 @@ def heads_together(kv_bytes: int, sharing: int, even: bool) -> int:
 
 
 def key_splits(programs: int, k_len: int, block_n: int, processors: int) -> tuple[int, int]:
-    """(splits, keys of each): enough programs for the device, each with enough keys to be worth it."""
+    """(splits, keys of each): programs for the whole device, each with keys worth its start."""
     most = max(1, k_len // max(4 * block_n, 128))
     splits = min(max(1, 2 * processors // max(programs, 1)), most, 128)
     blocks = -(-k_len // block_n)

@@ -1,7 +1,7 @@
 """Attention forward: the online softmax (Milakov and Gimelshein, 2018; Dao et al., 2022).
 
 A program takes a tile of queries through the keys they see: first those that only some of them see,
-then, unmasked, those that all see, then the rest. It keeps the running maximum m and sum l of each
+then, unmasked, those that all see, then the rest. It keeps the running maximum m and sum of each
 row, in the units of what the product gives where nothing modifies the score: the exponent takes the
 scale along, p = exp2(x * factor - m * factor).
 
@@ -30,6 +30,7 @@ from .attention_tile import (
     Problem,
     Static,
     careful_dot,
+    exp_factor,
     is_modified,
     kept,
     load_keys,
@@ -52,6 +53,7 @@ from .kernel import (
 from .mask import all_keys, any_keys
 
 _LOG2E = tl.constexpr(LOG2E)
+CAREFUL_ROWS = tl.constexpr(16)
 GROUPED_QUERIES = 16  # of a head, at most, where the rows of a tile are of several heads
 
 
@@ -62,6 +64,17 @@ class Parts(NamedTuple):
     max: Any  # (B, Hq, Sq, splits)
     sum: Any
     splits: Any
+
+
+class Tensors(NamedTuple):
+    q: Any
+    k: Any
+    v: Any
+    out: Any
+    lse: Any
+    parts: Any
+    split: Any  # which of the parts
+    sinks: Any
 
 
 class Order(NamedTuple):
@@ -90,8 +103,7 @@ def tile_order(order):
 def _walk(
     state,
     queries,
-    k,
-    v,
+    tensors,
     begin,
     end,
     at,
@@ -101,15 +113,12 @@ def _walk(
     MASKED: tl.constexpr,
     CAREFUL: tl.constexpr,
 ):
-    """Takes the keys [begin, end) into state: acc (M, Dv), m (M,) and l (M,)."""
-    acc, m, l = state
-    if static.modified:
-        factor = _LOG2E
-    else:
-        factor = problem.score.scale * _LOG2E
-    for start in range(begin, end, static.block_n):
+    """Takes the keys [begin, end) into state: acc (M, Dv), m (M,) and total (M,)."""
+    acc, m, total = state
+    factor = exp_factor(problem.score, static)
+    for start in tl.range(begin, end, static.block_n, num_stages=1 if CAREFUL else None):
         j = start + tl.arange(0, static.block_n)[None, :]
-        keys = load_keys(k, at, start, problem, static, MASKED)  # (N, D)
+        keys = load_keys(tensors.k, at, start, problem, static, MASKED)  # (N, D)
         x = tl.dot(queries, tl.trans(keys), input_precision=static.precision)  # (M, N)
         x, _ = make_logits(x, at, i, j, problem, static.modified, MASKED)
 
@@ -124,55 +133,95 @@ def _walk(
             p = tl.exp2(x * factor - reference[:, None])
             alpha = tl.exp2(m * factor - reference)
         m = top
-        l = l * alpha + tl.sum(p, 1)
+        total = total * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
         if problem.dropout is not None:
             p = tl.where(kept(problem.dropout, at, i, start, static.block_n), p, 0.0)
 
-        values = load_values(v, at, start, problem, static, MASKED)  # (N, Dv)
+        values = load_values(tensors.v, at, start, problem, static, MASKED)  # (N, Dv)
         if CAREFUL:
             acc = careful_dot(p, values, x != -float("inf"), acc, static.precision)
         else:
             acc = tl.dot(p.to(values.dtype), values, acc, input_precision=static.precision)
-    return acc, m, l
+    return acc, m, total
 
 
 @triton.jit
-def _start(static: tl.constexpr):
-    acc = tl.zeros((static.block_m, static.dv), tl.float32)
-    m = tl.full((static.block_m,), -float("inf"), tl.float32)
-    l = tl.zeros((static.block_m,), tl.float32)
-    return acc, m, l
+def _start(ROWS: tl.constexpr, static: tl.constexpr):
+    acc = tl.zeros((ROWS, static.dv), tl.float32)
+    m = tl.full((ROWS,), -float("inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    return acc, m, total
 
 
 @triton.jit
-def _finish(state, out, lse, sinks, at, i, problem, static: tl.constexpr):
-    """Writes rows i (M,) whose sums are complete. A sink is one more logit, and has no value."""
-    acc, m, l = state
-    if static.modified:
-        top = m
-    else:
-        top = m * problem.score.scale
-    scale = tl.full(l.shape, 1.0, tl.float32)
-    if sinks is not None:
-        sink = tl.load(sinks + at.head).to(tl.float32)
-        peak = tl.maximum(top, sink)
-        reference = tl.where(peak == -float("inf"), 0.0, peak)
-        scale = tl.exp2((top - reference) * _LOG2E)
-        l = l * scale + tl.exp2((sink - reference) * _LOG2E)
-        top = peak
-    blind = l == 0
-    if problem.dropout is not None:
-        scale = scale * problem.dropout.scale
-    scale = tl.where(blind, 0.0, scale / tl.where(blind, 1.0, l))
-    q_len = problem.sizes.q_len
-    at2 = at
+def _whose(row, number, sizes, static: tl.constexpr):
+    """(i, at): the queries and the heads that are rows ``row`` (M,) of the walked head."""
     if static.grouped:
-        at2 = Head(at.batch, at.head[:, None], at.kv_head)
-    store_rows(out, acc * scale[:, None], at2, i[:, None], q_len, static.v_dim, static.dv)
+        kv_heads = sizes.heads // sizes.group
+        kv_head = number % kv_heads
+        # Rows beyond the last have a query beyond the last.
+        i = tl.where(row < sizes.group * sizes.q_len, row % sizes.q_len, sizes.q_len)
+        head = kv_head * sizes.group + tl.minimum(row // sizes.q_len, sizes.group - 1)
+        return i, Head(number // kv_heads, head, kv_head)
+    else:
+        head = number % sizes.heads
+        return row, Head(number // sizes.heads, head, head // sizes.group)
+
+
+@triton.jit
+def _as_column(at, static: tl.constexpr):
+    """``at`` with its heads as (M, 1), if it has several."""
+    if static.grouped:
+        return Head(at.batch, at.head[:, None], at.kv_head)
+    else:
+        return at
+
+
+@triton.jit
+def _finish(state, x, at, i, problem, static: tl.constexpr):
+    """Writes rows i (M,) whose keys are done. A sink is one more logit, and has no value."""
+    acc, m, total = state
+    q_len = problem.sizes.q_len
     row = (at.batch * problem.sizes.heads + at.head).to(tl.int64) * q_len + i
-    value = tl.where(blind, -float("inf"), top + tl.log(tl.where(blind, 1.0, l)))
-    tl.store(lse + row, value, mask=i < q_len)
+    if x.parts is not None:
+        row = row * x.parts.splits + x.split
+        tl.store(x.parts.max + row, m, mask=i < q_len)
+        tl.store(x.parts.sum + row, total, mask=i < q_len)
+        d = tl.arange(0, static.dv)[None, :]
+        inside = (i < q_len)[:, None] & (d < static.v_dim)
+        tl.store(x.parts.acc + row[:, None] * static.v_dim + d, acc, mask=inside)
+    else:
+        top = m if static.modified else m * problem.score.scale
+        scale = tl.full(total.shape, 1.0, tl.float32)
+        if x.sinks is not None:
+            sink = tl.load(x.sinks + at.head).to(tl.float32)
+            peak = tl.maximum(top, sink)
+            reference = tl.where(peak == -float("inf"), 0.0, peak)
+            scale = tl.exp2((top - reference) * _LOG2E)
+            total = total * scale + tl.exp2((sink - reference) * _LOG2E)
+            top = peak
+        blind = total == 0
+        total = tl.where(blind, 1.0, total)
+        if problem.dropout is not None:
+            scale = scale * problem.dropout.scale
+        scale = tl.where(blind, 0.0, scale / total)
+        column = _as_column(at, static)
+        store_rows(x.out, acc * scale[:, None], column, i[:, None], q_len, static.v_dim, static.dv)
+        value = tl.where(blind, -float("inf"), top + tl.log(total))
+        tl.store(x.lse + row, value, mask=i < q_len)
+
+
+@triton.jit
+def _again(x, row, number, begin, end, problem, static: tl.constexpr):
+    """Rows ``row`` of the walked head from the start, carefully."""
+    i, at = _whose(row, number, problem.sizes, static)
+    i2 = i[:, None]
+    at2 = _as_column(at, static)
+    queries = load_rows(x.q, at2, i2, problem.sizes.q_len, static.head_dim, static.d)
+    state = _start(row.shape[0], static)
+    state = _walk(state, queries, x, begin, end, at2, i2, problem, static, True, True)
+    _finish(state, x, at, i, problem, static)
 
 
 @triton.jit(do_not_specialize=["sizes", "mask", "dropout", "order", "chunk"])
@@ -195,31 +244,22 @@ def attention_forward_kernel(
     """A program: a tile of queries of a head, or of (head, query) pairs of a KV head, with all keys
     that they see, or with those in its chunk of keys."""
     problem = Problem(sizes, mask, score, dropout)
+    M: tl.constexpr = static.block_m
+    N: tl.constexpr = static.block_n
     tile, number = tile_order(order)
-    row = tile * static.block_m + tl.arange(0, static.block_m)
+    i, at = _whose(tile * M + tl.arange(0, M), number, sizes, static)
     if static.grouped:
-        kv_heads = sizes.heads // sizes.group
-        # Rows beyond the last have a query beyond the last.
-        i = tl.where(row < sizes.group * sizes.q_len, row % sizes.q_len, sizes.q_len)
-        group_head = tl.minimum(row // sizes.q_len, sizes.group - 1)
-        kv_head = number % kv_heads
-        at1 = Head(number // kv_heads, kv_head * sizes.group + group_head, kv_head)
-        at = Head(at1.batch, at1.head[:, None], kv_head)
         i_begin = 0
         i_end = sizes.q_len
     else:
-        head = number % sizes.heads
-        at = Head(number // sizes.heads, head, head // sizes.group)
-        at1 = at
-        i = row
-        i_begin = tile * static.block_m
-        i_end = tl.minimum(i_begin + static.block_m, sizes.q_len)
+        i_begin = tile * M
+        i_end = tl.minimum(i_begin + M, sizes.q_len)
 
-    N: tl.constexpr = static.block_n
     begin, end = any_keys(i_begin, i_end, sizes.k_len, mask)
     all_begin, all_end = all_keys(i_begin, i_end, sizes.k_len, mask)
+    split = tl.program_id(1)
+    x = Tensors(q, k, v, out, lse, parts, split, sinks)
     if parts is not None:
-        split = tl.program_id(1)
         begin = tl.maximum(begin, split * chunk)
         end = tl.minimum(end, (split + 1) * chunk)
         all_end = tl.minimum(all_end, end)
@@ -228,36 +268,25 @@ def attention_forward_kernel(
     all_end = tl.maximum(all_end // N * N, all_begin)
 
     i2 = i[:, None]
-    queries = load_rows(q, at, i2, sizes.q_len, static.head_dim, static.d)  # (M, D)
-    state = _start(static)
+    at2 = _as_column(at, static)
+    queries = load_rows(q, at2, i2, sizes.q_len, static.head_dim, static.d)  # (M, D)
+    state = _start(M, static)
     if mask.left is not None:
         first_end = tl.minimum(all_begin, end)
-        state = _walk(state, queries, k, v, begin, first_end, at, i2, problem, static, True, False)
-    state = _walk(state, queries, k, v, all_begin, all_end, at, i2, problem, static, False, False)
-    state = _walk(state, queries, k, v, all_end, end, at, i2, problem, static, True, False)
+        state = _walk(state, queries, x, begin, first_end, at2, i2, problem, static, True, False)
+    state = _walk(state, queries, x, all_begin, all_end, at2, i2, problem, static, False, False)
+    state = _walk(state, queries, x, all_end, end, at2, i2, problem, static, True, False)
 
-    acc, m, l = state
-    if static.modified:
-        factor = _LOG2E
-    else:
-        factor = score.scale * _LOG2E
-    doubtful = (l - l != 0) | ((tl.abs(m) * factor > 2.0**24) & (m != -float("inf")))
+    acc, m, total = state
+    large = (tl.abs(m) * exp_factor(score, static) > 2.0**24) & (m != -float("inf"))
+    doubtful = large | (total - total != 0)
     if unsound(acc) or tl.max(doubtful.to(tl.int32), 0) > 0:
-        state = _start(static)
-        state = _walk(state, queries, k, v, begin, end, at, i2, problem, static, True, True)
-
-    if parts is None:
-        _finish(state, out, lse, sinks, at1, i, problem, static)
+        # A few rows at a time: the registers are those of the common case.
+        for first in range(0, M, CAREFUL_ROWS):
+            row = tile * M + first + tl.arange(0, CAREFUL_ROWS)
+            _again(x, row, number, begin, end, problem, static)
     else:
-        acc, m, l = state
-        inside = i < sizes.q_len
-        r = (at1.batch * sizes.heads + at1.head).to(tl.int64) * sizes.q_len + i
-        r = r * parts.splits + split
-        tl.store(parts.max + r, m, mask=inside)
-        tl.store(parts.sum + r, l, mask=inside)
-        d = tl.arange(0, static.dv)[None, :]
-        address = parts.acc + r[:, None] * static.v_dim + d
-        tl.store(address, acc, mask=inside[:, None] & (d < static.v_dim))
+        _finish(state, x, at, i, problem, static)
 
 
 @triton.jit(do_not_specialize=["sizes", "mask", "dropout"])
@@ -277,22 +306,26 @@ def attention_merge_kernel(
     there = inside[:, None] & (split < parts.splits)
     m = tl.load(parts.max + r[:, None] + split, mask=there, other=-float("inf"))
     top = tl.max(m, 1)
-    if static.modified:
-        factor = _LOG2E
-    else:
-        factor = score.scale * _LOG2E
+    factor = exp_factor(score, static)
     reference = tl.where(top == -float("inf"), 0.0, top)
     d = tl.arange(0, static.dv)[None, :]
     columns = inside[:, None] & (d < static.v_dim)
     acc = tl.zeros((static.block_m, static.dv), tl.float32)
-    l = tl.zeros((static.block_m,), tl.float32)
+    total = tl.zeros((static.block_m,), tl.float32)
     for s in range(0, parts.splits):
         m = tl.load(parts.max + r + s, mask=inside, other=-float("inf"))
         weight = tl.exp2((m - reference) * factor)
-        l += weight * tl.load(parts.sum + r + s, mask=inside, other=0.0)
+        total += weight * tl.load(parts.sum + r + s, mask=inside, other=0.0)
         part = tl.load(parts.acc + (r + s)[:, None] * static.v_dim + d, mask=columns, other=0.0)
         acc += weight[:, None] * part
-    _finish((acc, top, l), out, lse, sinks, at, i, problem, static)
+    _finish(
+        (acc, top, total),
+        Tensors(None, None, None, out, lse, None, 0, sinks),
+        at,
+        i,
+        problem,
+        static,
+    )
 
 
 # ------------------------------------------------------------------------------------------- host

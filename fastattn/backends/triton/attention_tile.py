@@ -190,6 +190,12 @@ def tanh(x):
 
 
 @triton.jit
+def exp_factor(score, static: tl.constexpr):
+    """exp(logit) = exp2(factor * x) of an x from make_logits."""
+    return _LOG2E if static.modified else score.scale * _LOG2E
+
+
+@triton.jit
 def make_logits(x, at, i, j, problem, MODIFIED: tl.constexpr, MASKED: tl.constexpr):
     """q.k -> logits, -inf where hidden; unless MODIFIED they stay in units of 1 / scale.
 

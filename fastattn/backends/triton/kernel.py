@@ -56,8 +56,8 @@ class Launch:
 
     function: Any
     grid: tuple[int, ...]
-    arguments: dict[str, Any]  # by name, in the kernel's order: tensors, numbers, tuples, None
-    constants: dict[str, Any]  # the tl.constexpr parameters, which come last; may be named tuples
+    arguments: dict[str, Any]  # by name: tensors, numbers, tuples, None
+    constants: dict[str, Any]  # the tl.constexpr parameters; may be named tuples
     num_warps: int = 4
     num_stages: int = 2
 
@@ -82,13 +82,15 @@ class Launch:
         """What Triton would compile for this launch; its tensors may be on the meta device."""
         typed = _Typed()
         unspecialized = {p.name for p in self.function.params if p.do_not_specialize}
-        signature = {
-            key: typed.visit((i,), value, key not in unspecialized)
-            for i, (key, value) in enumerate(self.arguments.items())
-        }
-        for i, (key, value) in enumerate(self._compile_time().items(), start=len(signature)):
-            typed.constants[(i,)] = value
-            signature[key] = "constexpr"
+        constants = self._compile_time()
+        signature: dict[str, Any] = {}
+        for i, key in enumerate(self.function.arg_names):
+            if key in constants:
+                typed.constants[(i,)] = constants[key]
+                signature[key] = "constexpr"
+            else:
+                value = self.arguments[key]
+                signature[key] = typed.visit((i,), value, key not in unspecialized)
         return KernelVariant(
             name,
             self.function,
