@@ -57,8 +57,8 @@ def warps_for(arch: str, numbers: int) -> int:
 
 
 def column_tile(width: int, processors: int, least: int) -> tuple[int, int]:
-    """(rows, columns) of a tile of 4096 numbers, of a tensor that is summed over its rows: about two
-    programs for each multiprocessor, ``least`` columns or more."""
+    """(rows, columns) of a tile of 4096 numbers, of a tensor that is summed over its rows: two
+    programs or so for each multiprocessor, ``least`` columns or more."""
     columns = next_power_of_two(width // (2 * processors))
     columns = max(least, min(columns, 1024))
     return _TILE // columns, columns
