@@ -9,10 +9,11 @@ First delta, row by row; then dq, a tile of queries through its keys; then dk an
 through the queries of all heads that read it. Every sum is one program's, or is made of parts in a
 fixed order: no atomics, the same result every time.
 
-As in the forward, the common loops trust what they see: p = exp2(x * factor - reference), with
-lse as the reference. Where lse has no room for the logarithm of the sum (say -3e38, from a bias of
-the smallest float), the first kernel makes the row's maximum and sum again, and leaves NaN as its
-reference. A program that finds its result not finite takes its tile once more, carefully.
+As in the forward, the common loops trust what they see: p = exp2(x * factor - reference), for
+float32 exp2((x - reference) * factor), with lse as the reference. Where lse has no room for the
+logarithm of the sum (say -3e38, from a bias of the smallest float), the first kernel makes the
+row's maximum and sum again, and leaves NaN as its reference. A program that finds its result not
+finite takes its tile once more, carefully.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from .attention_backward_kernels import (
     attention_dq_kernel,
 )
 from .attention_backward_tile import Outputs, Rows, Tensors, attention_rows_kernel
-from .attention_config import BackwardConfig, Config, backward_config, columns, heads_together
+from .attention_config import BackwardConfig, Config, backward_config, heads_together
 from .attention_forward import Order
-from .attention_tile import Static, is_modified, problem_of
-from .kernel import Launch, View, architecture, float32_precision
+from .attention_tile import problem_of, static_of
+from .kernel import Launch, View, architecture
 
 
 def attention_backward(
@@ -172,20 +173,7 @@ class BackwardPlan:
     def _add(
         self, kernel: Any, grid: tuple[int, ...], config: Config, arguments: dict[str, Any]
     ) -> None:
-        call = self.call
-        head_dim, v_dim = call.q.shape[3], call.v.shape[3]
-        static = Static(
-            head_dim,
-            v_dim,
-            columns(head_dim),
-            columns(v_dim),
-            config.block_m,
-            config.block_n,
-            is_modified(self.problem.score),
-            False,
-            float32_precision() if call.q.dtype is torch.float32 else "ieee",
-            False,
-        )
+        static = static_of(self.call, self.problem.score, config)
         self.launches.append(
             Launch(
                 kernel,

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 
 from ..base import AttentionCall
-from .kernel import LOG2E, View
+from .attention_config import Config, columns
+from .kernel import LOG2E, View, float32_precision
 from .mask import Mask, visible
 from .philox import philox, threshold
 
@@ -69,7 +71,8 @@ class Static(NamedTuple):
     dv: int
     block_m: int  # queries of a tile
     block_n: int  # keys
-    modified: bool  # more to do to a score than a positive scale
+    modified: bool  # logits are made in natural units; else they stay in units of 1 / scale
+    exact: bool  # a difference of logits is taken before it is scaled: float32
     grouped: bool  # the rows of a tile are of all heads that share a KV head
     precision: str  # tl.dot's, of float32
     tma: bool  # k and v (backward: q and dout too) come as tensor descriptors
@@ -94,9 +97,24 @@ def problem_of(call: AttentionCall) -> Problem:
     )
 
 
-def is_modified(score: Score) -> bool:
-    """Is there more than a positive scale, which the exponent takes along?"""
-    return not score.scale > 0 or any(x is not None for x in score[1:])
+def static_of(call: AttentionCall, score: Score, config: Config) -> Static:
+    head_dim, v_dim, dtype = call.q.shape[3], call.v.shape[3], call.q.dtype
+    float32 = dtype is torch.float32
+    # Is there no more than a positive scale, the exponent takes it along.
+    plain = score.scale > 0 and all(x is None for x in score[1:])
+    return Static(
+        head_dim=head_dim,
+        v_dim=v_dim,
+        d=columns(head_dim),
+        dv=columns(v_dim),
+        block_m=config.block_m,
+        block_n=config.block_n,
+        modified=not plain or float32,
+        exact=float32,
+        grouped=False,
+        precision=float32_precision() if float32 else "ieee",
+        tma=False,
+    )
 
 
 # ---------------------------------------------------------------------------------- loads, stores
