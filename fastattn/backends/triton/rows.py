@@ -1,0 +1,102 @@
+"""What the kernels of layer norm and softmax share: where rows begin."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl  # noqa: F401  # the interpreter looks for it
+from torch import Tensor
+
+from .kernel import Launch
+from .philox import threshold
+
+
+class Rows(NamedTuple):
+    """A tensor whose rows lie along up to three dimensions, as a kernel walks it.
+
+    Strides count elements. A tensor whose rows are evenly spaced has one stride, and None for the
+    others: no division at run time.
+    """
+
+    ptr: Any
+    outer: Any
+    middle: Any
+    stride: Any
+
+    @classmethod
+    def of(cls, x: Tensor | None, strides: tuple[int, ...] | None, sizes: Any) -> Rows | None:
+        if x is None or strides is None:
+            return None
+        if sizes[0] == sizes[1] == 1:
+            return cls(x, None, None, strides[2])
+        return cls(x, *strides[:3])
+
+
+class Lines(NamedTuple):
+    """The same for softmax: ``along`` walks the numbers of a line, ``across`` the lines of a row."""
+
+    ptr: Any
+    outer: Any
+    middle: Any
+    stride: Any
+    along: Any
+    across: Any
+
+    @classmethod
+    def of(cls, x: Tensor, strides: tuple[int, ...], across: int, sizes: Any) -> Lines:
+        outer, middle = (None, None) if sizes[0] == sizes[1] == 1 else strides[:2]
+        return cls(x, outer, middle, strides[2], strides[3], across)
+
+    @classmethod
+    def contiguous(cls, x: Tensor, sizes: Any) -> Lines:
+        *_, width, inner = sizes
+        return cls(x, None, None, width * inner, inner, 1)
+
+
+class Sizes(NamedTuple):
+    """How many rows there are, and in the inner two of their three dimensions."""
+
+    rows: Any
+    middle: Any
+    inner: Any
+
+    @classmethod
+    def of(cls, sizes: Any) -> Sizes:
+        return cls(sizes[0] * sizes[1] * sizes[2], sizes[1], sizes[2])
+
+
+class Dropout(NamedTuple):
+    seed: Any  # the tensor
+    threshold: Any
+    scale: Any  # of what is kept
+
+    @classmethod
+    def of(cls, p: float, seed: Tensor | None) -> Dropout | None:
+        if p == 0.0 or seed is None:
+            return None
+        return cls(seed, threshold(p), 0.0 if p >= 1 else 1 / (1 - p))
+
+
+@triton.jit
+def row_address(x, row, sizes):
+    """The addresses (R,) of the beginnings of rows (R,), which are int64."""
+    if x.outer is None:
+        return x.ptr + row * x.stride
+    else:
+        plane = row // sizes.inner
+        at = plane // sizes.middle * x.outer + plane % sizes.middle * x.middle
+        return x.ptr + at + row % sizes.inner * x.stride
+
+
+def contiguous_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
+
+
+def launch_of(
+    kernel: Any, grid: tuple[int, ...], given: dict[str, Any], tile: dict[str, Any], warps: int
+) -> Launch:
+    """A launch of ``kernel`` with those of the ``given`` arguments that it takes, in its order."""
+    arguments = {name: given[name] for name in kernel.arg_names if name not in tile}
+    return Launch(kernel, grid, arguments, tile, warps)
