@@ -29,6 +29,7 @@ from .attention_backward_kernels import (
     attention_dbias_kernel,
     attention_dkdv_kernel,
     attention_dq_kernel,
+    attention_key_sums_kernel,
 )
 from .attention_backward_tile import Outputs, Rows, Tensors, attention_rows_kernel
 from .attention_config import BackwardConfig, Config, backward_config, heads_together
@@ -103,14 +104,11 @@ class BackwardPlan:
             attention_rows_kernel,
             (tiles, batch * heads),
             self.config.rows,
-            {
-                "x": self.x,
-                "out": View.of(out),
-                "lse": lse.contiguous(),
-                "dlse": None if dlse is None else View.of(dlse),
-                "sinks": call.sinks,
-                "sink_sums": self.sink_sums,
-            },
+            out=View.of(out),
+            lse=lse.contiguous(),
+            dlse=None if dlse is None else View.of(dlse),
+            sinks=call.sinks,
+            sink_sums=self.sink_sums,
         )
         if not empty:
             self._plan_sweeps()
@@ -139,29 +137,28 @@ class BackwardPlan:
         dbias = None if self.dbias is None else self._spread(self.dbias)
         by_score = dbias if dbias and not any(self.shared) else None
 
-        outputs = Outputs(_view(self.dq), None, None, by_score, self.row_sums, None)
+        outputs = Outputs(_view(self.dq), None, None, by_score, self.row_sums)
         if any(x is not None for x in outputs):
             tiles = -(-q_len // config.dq.block_m)
             order = Order(tiles, batch * heads, heads_together(k_len * bytes_a_row, group, even))
-            arguments = {"x": self.x, "outputs": outputs, "order": order}
-            self._add(attention_dq_kernel, (tiles * batch * heads,), config.dq, arguments)
-        outputs = Outputs(None, _view(self.dk), _view(self.dv), None, None, self.key_sums)
+            grid = (tiles * batch * heads,)
+            self._add(attention_dq_kernel, grid, config.dq, outputs=outputs, order=order)
+        outputs = Outputs(None, _view(self.dk), _view(self.dv), None, None)
         if any(x is not None for x in outputs):
             tiles = -(-k_len // config.dkdv.block_n)
             together = heads_together(q_len * bytes_a_row * group, 1, even)
-            arguments = {
-                "x": self.x,
-                "outputs": outputs,
-                "order": Order(tiles, batch * kv_heads, together),
-            }
-            self._add(attention_dkdv_kernel, (tiles * batch * kv_heads,), config.dkdv, arguments)
+            order = Order(tiles, batch * kv_heads, together)
+            grid = (tiles * batch * kv_heads,)
+            self._add(attention_dkdv_kernel, grid, config.dkdv, outputs=outputs, order=order)
+        key_tiles = -(-k_len // config.dbias.block_n)
+        if self.key_sums is not None:
+            shape = (key_tiles, batch * heads)
+            self._add(attention_key_sums_kernel, shape, config.dbias, key_sums=self.key_sums)
         if dbias and any(self.shared):
-            block_m, block_n = config.dbias[:2]
             own_batches, own_heads = self.dbias_shape[:2]
             spread = Spread(batch // own_batches, heads // own_heads, own_heads)
-            grid = (-(-q_len // block_m), -(-k_len // block_n), own_batches * own_heads)
-            arguments = {"x": self.x, "dbias": dbias, "spread": spread}
-            self._add(attention_dbias_kernel, grid, config.dbias, arguments)
+            cube = (-(-q_len // config.dbias.block_m), key_tiles, own_batches * own_heads)
+            self._add(attention_dbias_kernel, cube, config.dbias, dbias=dbias, spread=spread)
 
     def _spread(self, dbias: Tensor) -> View:
         """With stride 0 where the bias is shared."""
@@ -170,15 +167,13 @@ class BackwardPlan:
         )
         return View(dbias, *strides)
 
-    def _add(
-        self, kernel: Any, grid: tuple[int, ...], config: Config, arguments: dict[str, Any]
-    ) -> None:
+    def _add(self, kernel: Any, grid: tuple[int, ...], config: Config, **arguments: Any) -> None:
         static = static_of(self.call, self.problem.score, config)
         self.launches.append(
             Launch(
                 kernel,
                 grid,
-                arguments | self.problem._asdict(),
+                {"x": self.x, **arguments, **self.problem._asdict()},
                 {"static": static},
                 config.num_warps,
                 config.num_stages,
@@ -193,7 +188,7 @@ class BackwardPlan:
         elif sums is not None:
             sums = sums.unsqueeze(3)
         if sums is not None and self.call.bias is not None:
-            dims = [d for d in range(4) if sums.shape[d] > self.dbias_shape[d]]
+            dims = [d for d in range(4) if sums.shape[d] != self.dbias_shape[d]]
             if dims:
                 sums = sums.sum(dims, keepdim=True, dtype=torch.float64)
             dbias = sums.to(self.call.bias.dtype)

@@ -50,7 +50,6 @@ class Outputs(NamedTuple):
     dv: Any
     dbias: Any  # an element a score
     row_sums: Any  # (B, Hq, Sq) of dlogit, for a bias that is the same for all keys
-    key_sums: Any  # (B, Hq, Sk), for a bias that is the same for all queries
 
 
 # --------------------------------------------------------------------------------- row by row

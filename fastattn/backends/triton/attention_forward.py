@@ -45,6 +45,8 @@ from .kernel import (
     Launch,
     View,
     architecture,
+    describable,
+    describe,
     next_power_of_two,
     processors,
 )
@@ -52,6 +54,7 @@ from .mask import all_keys, any_keys
 
 _LOG2E = tl.constexpr(LOG2E)
 CAREFUL_ROWS = tl.constexpr(16)
+FORCE = [False, False]
 GROUPED_QUERIES = 16  # of a head, at most, where the rows of a tile are of several heads
 
 
@@ -114,7 +117,13 @@ def _walk(
     """Takes the keys [begin, end) into state: acc (M, Dv), m (M,) and total (M,)."""
     acc, m, total = state
     factor = exp_factor(problem.score, static)
-    for start in tl.range(begin, end, static.block_n, num_stages=1 if CAREFUL else None):
+    for start in tl.range(
+        begin,
+        end,
+        static.block_n,
+        num_stages=1 if CAREFUL else None,
+        warp_specialize=static.specialize and not CAREFUL,
+    ):
         j = start + tl.arange(0, static.block_n)[None, :]
         keys = load_keys(tensors.k, at, start, problem, static, MASKED)  # (N, D)
         x = tl.dot(queries, tl.trans(keys), input_precision=static.precision)  # (M, N)
@@ -353,6 +362,13 @@ def forward_launches(
     if config is None:
         config = forward_config(arch, call.q.dtype, head_dim, v_dim, rows)
     static = static_of(call, score, config)._replace(grouped=grouped)
+    k, v = View.of(call.k), View.of(call.v)
+    if FORCE[0] and describable(call.k, static.d, arch) and describable(call.v, static.dv, arch):
+        static = static._replace(tma=True, specialize=FORCE[1])
+        k, v = (
+            describe(call.k, static.block_n, static.d),
+            describe(call.v, static.block_n, static.dv),
+        )
     tiles = -(-rows // config.block_m)
     walked_heads = batch * heads // (sizes.group if grouped else 1)
     splits, chunk = key_splits(
@@ -375,8 +391,8 @@ def forward_launches(
             (tiles * walked_heads, splits),
             {
                 "q": View.of(call.q),
-                "k": View.of(call.k),
-                "v": View.of(call.v),
+                "k": k,
+                "v": v,
                 "out": View.of(out),
                 "lse": lse,
                 **common,
