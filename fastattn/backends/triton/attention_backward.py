@@ -9,10 +9,11 @@ First delta, row by row; then dq, a tile of queries through its keys; then dk an
 through the queries of all heads that read it. Every sum is one program's, or is made of parts in a
 fixed order: no atomics, the same result every time.
 
-As in the forward, the common loops trust what they see: p = exp2(x * factor - reference), with
-lse as the reference. Where lse has no room for the logarithm of the sum (say -3e38, from a bias of
-the smallest float), the first kernel makes the row's maximum and sum again, and leaves NaN as its
-reference. A program that finds its result not finite takes its tile once more, carefully.
+As in the forward, the common loops trust what they see: p = exp2(x * factor - reference), for
+float32 exp2((x - reference) * factor), with lse as the reference. Where lse has no room for the
+logarithm of the sum (say -3e38, from a bias of the smallest float), the first kernel makes the
+row's maximum and sum again, and leaves NaN as its reference. A program that finds its result not
+finite takes its tile once more, carefully.
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ from .attention_backward_kernels import (
     attention_dbias_kernel,
     attention_dkdv_kernel,
     attention_dq_kernel,
+    attention_key_sums_kernel,
 )
 from .attention_backward_tile import Outputs, Rows, Tensors, attention_rows_kernel
-from .attention_config import BackwardConfig, Config, backward_config, columns, heads_together
+from .attention_config import BackwardConfig, Config, backward_config, heads_together
 from .attention_forward import Order
-from .attention_tile import Static, is_modified, problem_of
-from .kernel import Launch, View, architecture, float32_precision
+from .attention_tile import problem_of, static_of
+from .kernel import Launch, View, architecture
 
 
 def attention_backward(
@@ -102,14 +104,11 @@ class BackwardPlan:
             attention_rows_kernel,
             (tiles, batch * heads),
             self.config.rows,
-            {
-                "x": self.x,
-                "out": View.of(out),
-                "lse": lse.contiguous(),
-                "dlse": None if dlse is None else View.of(dlse),
-                "sinks": call.sinks,
-                "sink_sums": self.sink_sums,
-            },
+            out=View.of(out),
+            lse=lse.contiguous(),
+            dlse=None if dlse is None else View.of(dlse),
+            sinks=call.sinks,
+            sink_sums=self.sink_sums,
         )
         if not empty:
             self._plan_sweeps()
@@ -138,29 +137,28 @@ class BackwardPlan:
         dbias = None if self.dbias is None else self._spread(self.dbias)
         by_score = dbias if dbias and not any(self.shared) else None
 
-        outputs = Outputs(_view(self.dq), None, None, by_score, self.row_sums, None)
+        outputs = Outputs(_view(self.dq), None, None, by_score, self.row_sums)
         if any(x is not None for x in outputs):
             tiles = -(-q_len // config.dq.block_m)
             order = Order(tiles, batch * heads, heads_together(k_len * bytes_a_row, group, even))
-            arguments = {"x": self.x, "outputs": outputs, "order": order}
-            self._add(attention_dq_kernel, (tiles * batch * heads,), config.dq, arguments)
-        outputs = Outputs(None, _view(self.dk), _view(self.dv), None, None, self.key_sums)
+            grid = (tiles * batch * heads,)
+            self._add(attention_dq_kernel, grid, config.dq, outputs=outputs, order=order)
+        outputs = Outputs(None, _view(self.dk), _view(self.dv), None, None)
         if any(x is not None for x in outputs):
             tiles = -(-k_len // config.dkdv.block_n)
             together = heads_together(q_len * bytes_a_row * group, 1, even)
-            arguments = {
-                "x": self.x,
-                "outputs": outputs,
-                "order": Order(tiles, batch * kv_heads, together),
-            }
-            self._add(attention_dkdv_kernel, (tiles * batch * kv_heads,), config.dkdv, arguments)
+            order = Order(tiles, batch * kv_heads, together)
+            grid = (tiles * batch * kv_heads,)
+            self._add(attention_dkdv_kernel, grid, config.dkdv, outputs=outputs, order=order)
+        key_tiles = -(-k_len // config.dbias.block_n)
+        if self.key_sums is not None:
+            shape = (key_tiles, batch * heads)
+            self._add(attention_key_sums_kernel, shape, config.dbias, key_sums=self.key_sums)
         if dbias and any(self.shared):
-            block_m, block_n = config.dbias[:2]
             own_batches, own_heads = self.dbias_shape[:2]
             spread = Spread(batch // own_batches, heads // own_heads, own_heads)
-            grid = (-(-q_len // block_m), -(-k_len // block_n), own_batches * own_heads)
-            arguments = {"x": self.x, "dbias": dbias, "spread": spread}
-            self._add(attention_dbias_kernel, grid, config.dbias, arguments)
+            cube = (-(-q_len // config.dbias.block_m), key_tiles, own_batches * own_heads)
+            self._add(attention_dbias_kernel, cube, config.dbias, dbias=dbias, spread=spread)
 
     def _spread(self, dbias: Tensor) -> View:
         """With stride 0 where the bias is shared."""
@@ -169,28 +167,13 @@ class BackwardPlan:
         )
         return View(dbias, *strides)
 
-    def _add(
-        self, kernel: Any, grid: tuple[int, ...], config: Config, arguments: dict[str, Any]
-    ) -> None:
-        call = self.call
-        head_dim, v_dim = call.q.shape[3], call.v.shape[3]
-        static = Static(
-            head_dim,
-            v_dim,
-            columns(head_dim),
-            columns(v_dim),
-            config.block_m,
-            config.block_n,
-            is_modified(self.problem.score),
-            False,
-            float32_precision() if call.q.dtype is torch.float32 else "ieee",
-            False,
-        )
+    def _add(self, kernel: Any, grid: tuple[int, ...], config: Config, **arguments: Any) -> None:
+        static = static_of(self.call, self.problem.score, config)
         self.launches.append(
             Launch(
                 kernel,
                 grid,
-                arguments | self.problem._asdict(),
+                {"x": self.x, **arguments, **self.problem._asdict()},
                 {"static": static},
                 config.num_warps,
                 config.num_stages,
@@ -205,7 +188,7 @@ class BackwardPlan:
         elif sums is not None:
             sums = sums.unsqueeze(3)
         if sums is not None and self.call.bias is not None:
-            dims = [d for d in range(4) if sums.shape[d] > self.dbias_shape[d]]
+            dims = [d for d in range(4) if sums.shape[d] != self.dbias_shape[d]]
             if dims:
                 sums = sums.sum(dims, keepdim=True, dtype=torch.float64)
             dbias = sums.to(self.call.bias.dtype)

@@ -1,4 +1,4 @@
-"""The sweeps of the backward: dq by queries, dk and dv by keys, and a bias that heads share.
+"""The sweeps of the backward: dq by queries, dk and dv by keys, and a bias that scores share.
 
 The formulas are at the head of attention_backward.py.
 """
@@ -160,59 +160,68 @@ def attention_dq_kernel(x, outputs, sizes, mask, score, dropout, order, static: 
 def _walk_queries(
     state,
     x,
-    outputs,
     fixed,
     begin,
     end,
-    at,
+    shared,
     first,
     problem,
     static: tl.constexpr,
     MASKED: tl.constexpr,
     CAREFUL: tl.constexpr,
 ):
-    """Adds the queries [begin, end) to state: dk (N, D), dv (N, Dv) and the sums of dlogit (N,)."""
-    dk, dv, sums = state
+    """Adds the queries [begin, end) of all heads of the group to state: dk (N, D), dv (N, Dv)."""
+    dk, dv = state
     keys, values = fixed
     M: tl.constexpr = static.block_m
     N: tl.constexpr = keys.shape[0]
-    q_len = problem.sizes.q_len
+    sizes = problem.sizes
     j = first + tl.arange(0, N)[:, None]
-    for start in tl.range(begin, end, M, num_stages=1 if CAREFUL else None):
+    # One loop, not one in another: tiles are fetched ahead also from one head to the next.
+    tiles = tl.cdiv(tl.maximum(end - begin, 0), M)
+    for n in tl.range(0, tiles * sizes.group, num_stages=1 if CAREFUL else None):
+        head = shared.kv_head * sizes.group + n // tiles
+        at = Head(shared.batch, head, shared.kv_head)
+        start = begin + n % tiles * M
         i = start + tl.arange(0, M)
         queries = load_tile(
-            x.q, at.batch, at.head, start, q_len, M, static.head_dim, static.d, MASKED, static.tma
+            x.q,
+            at.batch,
+            head,
+            start,
+            sizes.q_len,
+            M,
+            static.head_dim,
+            static.d,
+            MASKED,
+            static.tma,
         )  # (M, D)
         dout = load_tile(
-            x.dout, at.batch, at.head, start, q_len, M, static.v_dim, static.dv, MASKED, static.tma
-        )  # (M, Dv)
-        row = (at.batch * problem.sizes.heads + at.head).to(tl.int64) * q_len + i
-        delta, low, high = load_row_numbers(x.rows, row, i < q_len, CAREFUL)
+            x.dout, at.batch, head, start, sizes.q_len, M, static.v_dim, static.dv, MASKED,
+            static.tma,
+        )  # (M, Dv)  # fmt: skip
+        row = (at.batch * sizes.heads + head).to(tl.int64) * sizes.q_len + i
+        delta, low, high = load_row_numbers(x.rows, row, i < sizes.q_len, CAREFUL)
         numbers = (delta[None, :], low[None, :], high[None, :])
         s = tl.dot(keys, tl.trans(queries), input_precision=static.precision)  # (N, M)
         dp = tl.dot(values, tl.trans(dout), input_precision=static.precision)
         keep = s
         if problem.dropout is not None:
             keep = tl.trans(kept(problem.dropout, at, i[:, None], first, N))
-        p, dlogit, ds, seen = differentiate(
+        p, _, ds, seen = differentiate(
             s, dp, numbers, keep, at, i[None, :], j, problem, static, MASKED, CAREFUL
         )
-        if outputs.key_sums is not None:
-            sums += tl.sum(dlogit, 1)
         if CAREFUL:
             dv = careful_dot(p, dout, seen, dv, static.precision)
             dk = careful_dot(ds, queries, seen, dk, static.precision)
         else:
             dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=static.precision)
             dk = tl.dot(ds.to(queries.dtype), queries, dk, input_precision=static.precision)
-    return dk, dv, sums
+    return dk, dv
 
 
 @triton.jit
-def _take_keys(
-    x, outputs, first, N: tl.constexpr, batch, kv_head, problem, static: tl.constexpr,
-    CAREFUL: tl.constexpr,
-):  # fmt: skip
+def _take_keys(x, first, N: tl.constexpr, shared, problem, static: tl.constexpr, CAREFUL):
     """(dk, dv) of keys [first, first + N), before their scales."""
     sizes, mask = problem.sizes, problem.mask
     M: tl.constexpr = static.block_m
@@ -221,65 +230,51 @@ def _take_keys(
     begin = begin // M * M
     all_begin = tl.maximum(tl.cdiv(all_begin, M) * M, begin)
     all_end = tl.maximum(all_end // M * M, all_begin)
-    if first + N > sizes.k_len:  # what lies beyond the last key needs hiding from every query
+    if first + N > sizes.k_len:  # what lies beyond the last key must be hidden from all queries
         all_end = all_begin
 
-    j = first + tl.arange(0, N)
-    shared = Head(batch, kv_head, kv_head)
-    keys = load_rows(x.k, shared, j[:, None], sizes.k_len, static.head_dim, static.d)  # (N, D)
-    values = load_rows(x.v, shared, j[:, None], sizes.k_len, static.v_dim, static.dv)  # (N, Dv)
+    j = first + tl.arange(0, N)[:, None]
+    keys = load_rows(x.k, shared, j, sizes.k_len, static.head_dim, static.d)  # (N, D)
+    values = load_rows(x.v, shared, j, sizes.k_len, static.v_dim, static.dv)  # (N, Dv)
     fixed = (keys, values)
-    dk = tl.zeros((N, static.d), tl.float32)
-    dv = tl.zeros((N, static.dv), tl.float32)
-    for g in range(0, sizes.group):
-        at = Head(batch, kv_head * sizes.group + g, kv_head)
-        state = (dk, dv, tl.zeros((N,), tl.float32))
-        if CAREFUL:
+    state = (tl.zeros((N, static.d), tl.float32), tl.zeros((N, static.dv), tl.float32))
+    if CAREFUL:
+        state = _walk_queries(
+            state, x, fixed, begin, end, shared, first, problem, static, True, True
+        )
+    else:
+        if mask.right is not None:
+            end_first = tl.minimum(all_begin, end)
             state = _walk_queries(
-                state, x, outputs, fixed, begin, end, at, first, problem, static, True, True
+                state, x, fixed, begin, end_first, shared, first, problem, static, True, False
             )
-        else:
-            if mask.right is not None:
-                state = _walk_queries(
-                    state, x, outputs, fixed, begin, tl.minimum(all_begin, end), at, first,
-                    problem, static, True, False,
-                )  # fmt: skip
-            state = _walk_queries(
-                state,
-                x,
-                outputs,
-                fixed,
-                all_begin,
-                all_end,
-                at,
-                first,
-                problem,
-                static,
-                False,
-                False,
-            )
-            state = _walk_queries(
-                state, x, outputs, fixed, all_end, end, at, first, problem, static, True, False
-            )
-        dk, dv, sums = state
-        if outputs.key_sums is not None:
-            row = (batch * sizes.heads + at.head).to(tl.int64) * sizes.k_len + j
-            tl.store(outputs.key_sums + row, sums, mask=j < sizes.k_len)
-    return dk, dv
+        state = _walk_queries(
+            state, x, fixed, all_begin, all_end, shared, first, problem, static, False, False
+        )
+        state = _walk_queries(
+            state, x, fixed, all_end, end, shared, first, problem, static, True, False
+        )
+    return state
 
 
 @triton.jit
-def _finish_keys(dk, dv, outputs, first, batch, kv_head, problem, static: tl.constexpr):
-    at = Head(batch, kv_head, kv_head)
+def _finish_keys(state, outputs, first, shared, problem, static: tl.constexpr):
+    dk, dv = state
     j = first + tl.arange(0, dk.shape[0])[:, None]
     k_len = problem.sizes.k_len
     if outputs.dk is not None:
         dk = dk * problem.score.scale
-        store_rows(outputs.dk, dk, at, j, k_len, static.head_dim, static.d)
+        store_rows(outputs.dk, dk, shared, j, k_len, static.head_dim, static.d)
     if outputs.dv is not None:
         if problem.dropout is not None:
             dv = dv * problem.dropout.scale
-        store_rows(outputs.dv, dv, at, j, k_len, static.v_dim, static.dv)
+        store_rows(outputs.dv, dv, shared, j, k_len, static.v_dim, static.dv)
+
+
+@triton.jit
+def _keys_again(x, outputs, first, shared, problem, static: tl.constexpr):
+    state = _take_keys(x, first, _CAREFUL_ROWS, shared, problem, static, True)
+    _finish_keys(state, outputs, first, shared, problem, static)
 
 
 @triton.jit(do_not_specialize=["sizes", "mask", "dropout", "order"])
@@ -290,21 +285,17 @@ def attention_dkdv_kernel(x, outputs, sizes, mask, score, dropout, order, static
     tile, number = tile_order(order)
     tile = order.tiles - 1 - tile  # causal: the first keys are seen by the most queries
     kv_heads = sizes.heads // sizes.group
-    batch = number // kv_heads
     kv_head = number % kv_heads
-    dk, dv = _take_keys(x, outputs, tile * N, N, batch, kv_head, problem, static, False)
-    if unsound(dk) or unsound(dv):
+    shared = Head(number // kv_heads, kv_head, kv_head)
+    state = _take_keys(x, tile * N, N, shared, problem, static, False)
+    if unsound(state[0]) or unsound(state[1]):
         for part in range(0, N, _CAREFUL_ROWS):
-            first = tile * N + part
-            dk, dv = _take_keys(
-                x, outputs, first, _CAREFUL_ROWS, batch, kv_head, problem, static, True
-            )
-            _finish_keys(dk, dv, outputs, first, batch, kv_head, problem, static)
+            _keys_again(x, outputs, tile * N + part, shared, problem, static)
     else:
-        _finish_keys(dk, dv, outputs, tile * N, batch, kv_head, problem, static)
+        _finish_keys(state, outputs, tile * N, shared, problem, static)
 
 
-# ------------------------------------------------------------------------ a bias shared by heads
+# -------------------------------------------------------------------- a bias that scores share
 
 
 class Spread(NamedTuple):
@@ -360,3 +351,24 @@ def attention_dbias_kernel(x, dbias, sizes, mask, score, dropout, spread, static
             total = _take_scores(x, i, first, own, spread, problem, static, True)
         j = first + tl.arange(0, N)[None, :]
         store_scores(dbias, total, own, i[:, None], j, sizes)
+
+
+@triton.jit(do_not_specialize=["sizes", "mask", "dropout"])
+def attention_key_sums_kernel(x, key_sums, sizes, mask, score, dropout, static: tl.constexpr):
+    """A program: the sums of dlogit of a tile of keys of a head, over its queries."""
+    problem = Problem(sizes, mask, score, dropout)
+    M: tl.constexpr = static.block_m
+    N: tl.constexpr = static.block_n
+    first = tl.program_id(0) * N
+    number = tl.program_id(1)
+    own = Head(number // sizes.heads, number % sizes.heads, 0)
+    begin, end = any_queries(first, tl.minimum(first + N, sizes.k_len), sizes.q_len, mask)
+    sums = tl.zeros((N,), tl.float32)
+    for start in range(begin // M * M, end, M):
+        i = start + tl.arange(0, M)
+        scores = _take_scores(x, i, first, own, Spread(1, 1, 1), problem, static, False)
+        if unsound(scores):
+            scores = _take_scores(x, i, first, own, Spread(1, 1, 1), problem, static, True)
+        sums += tl.sum(scores, 0)
+    j = first + tl.arange(0, N)
+    tl.store(key_sums + number.to(tl.int64) * sizes.k_len + j, sums, mask=j < sizes.k_len)

@@ -29,7 +29,7 @@ class Rows(NamedTuple):
     """What the backward knows of each query: float32 (B, Hq, Sq), contiguous."""
 
     delta: Any
-    reference: Any  # lse in powers of two; inf where no key is seen, NaN where lse is too large
+    reference: Any  # lse; inf where no key is seen, NaN where lse is too large
     high: Any  # carefully, p = exp2((x - high) * factor - low)
     low: Any
 
@@ -50,7 +50,6 @@ class Outputs(NamedTuple):
     dv: Any
     dbias: Any  # an element a score
     row_sums: Any  # (B, Hq, Sq) of dlogit, for a bias that is the same for all keys
-    key_sums: Any  # (B, Hq, Sk), for a bias that is the same for all queries
 
 
 # --------------------------------------------------------------------------------- row by row
@@ -104,18 +103,24 @@ def attention_rows_kernel(
     inside = i < sizes.q_len
     row = number.to(tl.int64) * sizes.q_len + i
 
-    o = load_rows(out, at, i[:, None], sizes.q_len, static.v_dim, static.dv).to(tl.float32)
-    do = load_rows(x.dout, at, i[:, None], sizes.q_len, static.v_dim, static.dv).to(tl.float32)
-    delta = tl.sum(o * do, 1)
+    # do_i . o_i by the same instructions as do_i . v_j: where one key is seen they cancel.
+    o = load_rows(out, at, i[:, None], sizes.q_len, static.v_dim, static.dv)
+    do = load_rows(x.dout, at, i[:, None], sizes.q_len, static.v_dim, static.dv)
+    product = tl.dot(do, tl.trans(o), input_precision=static.precision)
+    delta = tl.sum(tl.where(i[:, None] == i[None, :], product, 0.0), 1)
     if dlse is not None:
         address = dlse.ptr + at.batch.to(tl.int64) * dlse.b + head.to(tl.int64) * dlse.h
         delta -= tl.load(address + i.to(tl.int64) * dlse.s, mask=inside, other=0.0).to(tl.float32)
     log = tl.load(lse + row, mask=inside, other=0.0)
-    low = tl.where(log == -float("inf"), float("inf"), log * _LOG2E)
+    unit = 1.0 if static.exact else _LOG2E
+    reference = tl.where(log == -float("inf"), float("inf"), log * unit)
     inexact = (tl.abs(log) > _INEXACT) & (tl.abs(log) < float("inf"))
     tl.store(x.rows.delta + row, delta, mask=inside)
-    tl.store(x.rows.reference + row, tl.where(inexact, float("nan"), low), mask=inside)
-    tl.store(x.rows.high + row, tl.zeros((M,), tl.float32), mask=inside & ~inexact)
+    zero = tl.zeros((M,), tl.float32)
+    high = reference if static.exact else zero
+    low = zero if static.exact else reference
+    tl.store(x.rows.reference + row, tl.where(inexact, float("nan"), reference), mask=inside)
+    tl.store(x.rows.high + row, high, mask=inside & ~inexact)
     tl.store(x.rows.low + row, low, mask=inside & ~inexact)
     if sink_sums is not None:
         # The sink's probability is exp(sink - lse); its value is zero, so its dp is too.
@@ -173,6 +178,8 @@ def differentiate(
     seen = x != -float("inf")
     if CAREFUL:
         p = tl.where(seen, tl.exp2((x - high) * factor - low), 0.0)
+    elif static.exact:
+        p = tl.exp2((x - low) * factor)
     else:
         p = tl.exp2(x * factor - low)
     dropped = p

@@ -2,8 +2,8 @@
 
 A program takes a tile of queries through the keys they see: first those that only some of them see,
 then, unmasked, those that all see, then the rest. It keeps the running maximum m and sum of each
-row, in the units of what the product gives where nothing modifies the score: the exponent takes the
-scale along, p = exp2(x * factor - m * factor).
+row; where nothing else modifies the score, in the units of what the product gives: the exponent
+takes the scale along, p = exp2(x * factor - m * factor).
 
 That is a difference of rounded numbers, and 0 * nan is nan. Where logits are so large that it
 matters, or where a result is not finite, the program takes its tile again, carefully: that costs
@@ -24,20 +24,19 @@ import triton.language as tl
 from torch import Tensor
 
 from ..base import AttentionCall, empty_output
-from .attention_config import Config, columns, forward_config, heads_together, key_splits
+from .attention_config import Config, forward_config, heads_together, key_splits
 from .attention_tile import (
     Head,
     Problem,
-    Static,
     careful_dot,
     exp_factor,
-    is_modified,
     kept,
     load_keys,
     load_rows,
     load_values,
     make_logits,
     problem_of,
+    static_of,
     store_rows,
     unsound,
 )
@@ -46,7 +45,8 @@ from .kernel import (
     Launch,
     View,
     architecture,
-    float32_precision,
+    describable,
+    describe,
     next_power_of_two,
     processors,
 )
@@ -54,6 +54,7 @@ from .mask import all_keys, any_keys
 
 _LOG2E = tl.constexpr(LOG2E)
 CAREFUL_ROWS = tl.constexpr(16)
+FORCE = [False, False]
 GROUPED_QUERIES = 16  # of a head, at most, where the rows of a tile are of several heads
 
 
@@ -116,7 +117,13 @@ def _walk(
     """Takes the keys [begin, end) into state: acc (M, Dv), m (M,) and total (M,)."""
     acc, m, total = state
     factor = exp_factor(problem.score, static)
-    for start in tl.range(begin, end, static.block_n, num_stages=1 if CAREFUL else None):
+    for start in tl.range(
+        begin,
+        end,
+        static.block_n,
+        num_stages=1 if CAREFUL else None,
+        warp_specialize=static.specialize and not CAREFUL,
+    ):
         j = start + tl.arange(0, static.block_n)[None, :]
         keys = load_keys(tensors.k, at, start, problem, static, MASKED)  # (N, D)
         x = tl.dot(queries, tl.trans(keys), input_precision=static.precision)  # (M, N)
@@ -125,7 +132,7 @@ def _walk(
         top = tl.maximum(m, tl.max(x, 1))
         # A row that has seen nothing yet is all -inf: any finite reference turns it into zeros.
         reference = tl.where(top == -float("inf"), 0.0, top)
-        if CAREFUL:
+        if CAREFUL or static.exact:
             p = tl.exp2((x - reference[:, None]) * factor)
             alpha = tl.exp2((m - reference) * factor)
         else:
@@ -354,18 +361,14 @@ def forward_launches(
     rows = q_len * (sizes.group if grouped else 1)
     if config is None:
         config = forward_config(arch, call.q.dtype, head_dim, v_dim, rows)
-    static = Static(
-        head_dim,
-        v_dim,
-        columns(head_dim),
-        columns(v_dim),
-        config.block_m,
-        config.block_n,
-        is_modified(score),
-        grouped,
-        float32_precision() if call.q.dtype is torch.float32 else "ieee",
-        False,
-    )
+    static = static_of(call, score, config)._replace(grouped=grouped)
+    k, v = View.of(call.k), View.of(call.v)
+    if FORCE[0] and describable(call.k, static.d, arch) and describable(call.v, static.dv, arch):
+        static = static._replace(tma=True, specialize=FORCE[1])
+        k, v = (
+            describe(call.k, static.block_n, static.d),
+            describe(call.v, static.block_n, static.dv),
+        )
     tiles = -(-rows // config.block_m)
     walked_heads = batch * heads // (sizes.group if grouped else 1)
     splits, chunk = key_splits(
@@ -388,8 +391,8 @@ def forward_launches(
             (tiles * walked_heads, splits),
             {
                 "q": View.of(call.q),
-                "k": View.of(call.k),
-                "v": View.of(call.v),
+                "k": k,
+                "v": v,
                 "out": View.of(out),
                 "lse": lse,
                 **common,

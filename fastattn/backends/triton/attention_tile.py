@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 
 from ..base import AttentionCall
-from .kernel import LOG2E, View
+from .attention_config import Config, columns
+from .kernel import LOG2E, View, float32_precision
 from .mask import Mask, visible
 from .philox import philox, threshold
 
@@ -69,10 +71,12 @@ class Static(NamedTuple):
     dv: int
     block_m: int  # queries of a tile
     block_n: int  # keys
-    modified: bool  # more to do to a score than a positive scale
+    modified: bool  # logits are made in natural units; else they stay in units of 1 / scale
+    exact: bool  # a difference of logits is taken before it is scaled: float32
     grouped: bool  # the rows of a tile are of all heads that share a KV head
     precision: str  # tl.dot's, of float32
-    tma: bool  # k and v (backward: q and dout too) come as tensor descriptors
+    tma: bool  # what a loop walks along comes as tensor descriptors
+    specialize: bool  # warps that fetch, warps that multiply
 
 
 def problem_of(call: AttentionCall) -> Problem:
@@ -94,9 +98,25 @@ def problem_of(call: AttentionCall) -> Problem:
     )
 
 
-def is_modified(score: Score) -> bool:
-    """Is there more than a positive scale, which the exponent takes along?"""
-    return not score.scale > 0 or any(x is not None for x in score[1:])
+def static_of(call: AttentionCall, score: Score, config: Config) -> Static:
+    head_dim, v_dim, dtype = call.q.shape[3], call.v.shape[3], call.q.dtype
+    float32 = dtype is torch.float32
+    # Is there no more than a positive scale, the exponent takes it along.
+    plain = score.scale > 0 and all(x is None for x in score[1:])
+    return Static(
+        head_dim=head_dim,
+        v_dim=v_dim,
+        d=columns(head_dim),
+        dv=columns(v_dim),
+        block_m=config.block_m,
+        block_n=config.block_n,
+        modified=not plain or float32,
+        exact=float32,
+        grouped=False,
+        precision=float32_precision() if float32 else "ieee",
+        tma=False,
+        specialize=False,
+    )
 
 
 # ---------------------------------------------------------------------------------- loads, stores
@@ -143,10 +163,12 @@ def load_tile(
     if TMA:
         return x.load([batch, head, row, 0]).reshape([ROWS, COLUMNS])
     else:
-        r = row + tl.arange(0, ROWS)[:, None]
+        r = tl.arange(0, ROWS)[:, None]
         d = tl.arange(0, COLUMNS)[None, :]
-        base = x.ptr + batch.to(tl.int64) * x.b + head.to(tl.int64) * x.h
-        address = base + r.to(tl.int64) * x.s + d.to(tl.int64) * x.d
+        # What changes from tile to tile is one number; the rest can stay in registers.
+        start = batch.to(tl.int64) * x.b + head.to(tl.int64) * x.h + tl.cast(row, tl.int64) * x.s
+        address = x.ptr + start + (r.to(tl.int64) * x.s + d.to(tl.int64) * x.d)
+        r += row
         if CHECKED and WIDTH != COLUMNS:
             tile = tl.load(address, mask=(r < row_end) & (d < WIDTH), other=0.0)
         elif CHECKED:
@@ -249,8 +271,10 @@ def kept(dropout, at, i, start, N: tl.constexpr):
 
 @triton.jit
 def unsound(x):
-    """Whether a tile holds a NaN or an infinity."""
-    return tl.max(tl.max((x - x != 0).to(tl.int32), 1), 0) > 0
+    """Whether a tile holds a NaN or an infinity, which its sum then is too. (A sum that overflows
+    by itself costs no more than doing the tile again.)"""
+    total = tl.sum(x)
+    return total - total != 0
 
 
 @triton.jit
@@ -261,7 +285,7 @@ def careful_dot(a, b, seen, acc, PRECISION: tl.constexpr):
     special = b - b != 0
     clean = tl.where(special, 0.0, b).to(b.dtype)
     acc = tl.dot(a.to(b.dtype), clean, acc, input_precision=PRECISION)
-    if tl.max(tl.max(special.to(tl.int32), 1), 0) > 0:
+    if unsound(b.to(tl.float32)):
         columns = tl.arange(0, C)
         for c in range(0, C):
             this = columns == c

@@ -128,10 +128,16 @@ _dot = InterpreterBuilder.create_dot
 def _dot_of(
     self: Any, a: TensorHandle, b: TensorHandle, d: TensorHandle, precision: Any, most: Any
 ) -> TensorHandle:
+    """A GPU sums along a row of a in one order, whatever the shapes; numpy's BLAS does not, so
+    that q . k and k . q differ. Summed in float64 they are the same."""
     a, b = _widened(a), _widened(b)
-    if precision == _ir.INPUT_PRECISION.TF32 and a.data.dtype == np.float32:
+    if a.data.dtype != np.float32 or d.data.dtype != np.float32:
+        return _dot(self, a, b, d, precision, most)
+    if precision == _ir.INPUT_PRECISION.TF32:
         a, b = (TensorHandle(round_to_tf32(x.data), tl.float32) for x in (a, b))
-    return _dot(self, a, b, d, precision, most)
+    with np.errstate(over="ignore", invalid="ignore"):
+        product = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64))
+        return TensorHandle((product + d.data).astype(np.float32), d.dtype.scalar)
 
 
 _sum, _min_max = ReduceOps.sum, ReduceOps.min_max

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2E = 1.4426950408889634  # exp(x) = exp2(x * LOG2E)
 
@@ -138,15 +139,40 @@ class _Typed:
         if isinstance(value, int):
             self._mark(path, specialize and value % 16 == 0)
             return "i32" if -(2**31) <= value < 2**31 else "i64"
-        block = getattr(value, "block_shape", None)  # a TensorDescriptor
-        if block is not None:
-            dtype = _POINTERS[value.base.dtype][1:]
-            return f"tensordesc<{dtype}{list(block)}>"
+        if isinstance(value, TensorDescriptor):
+            return f"tensordesc<{_POINTERS[value.base.dtype][1:]}{list(value.block_shape)}>"
         raise TypeError(f"cannot be a kernel's argument: {value!r}")
 
     def _mark(self, path: tuple[int, ...], divisible: bool) -> None:
         if divisible:
             self.attributes[path] = [["tt.divisibility", 16]]
+
+
+def describable(x: Tensor, columns: int, arch: str) -> bool:
+    """Whether the tensor memory accelerator can fetch tiles of ``columns`` numbers a row of x."""
+    unit = x.element_size()
+    return (
+        arch in ("sm_90", "sm_100", "sm_103", "sm_120", "sm_121", "cpu")
+        and columns <= 256
+        and x.stride(3) == 1
+        and all(
+            step > 0 and step * unit % 16 == 0
+            for step, size in zip(x.stride()[:3], x.shape, strict=False)
+            if size > 1
+        )
+        and 0 not in x.shape
+        and (x.is_meta or x.data_ptr() % 16 == 0)
+    )
+
+
+def describe(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Of tiles (1, 1, rows, columns) of x."""
+    unit = 16 // x.element_size()
+    strides = [
+        unit if size == 1 and d < 3 else step
+        for d, (step, size) in enumerate(zip(x.stride(), x.shape, strict=True))
+    ]
+    return TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, columns])
 
 
 @functools.cache
