@@ -32,10 +32,17 @@ from .attention_backward_kernels import (
     attention_key_sums_kernel,
 )
 from .attention_backward_tile import Outputs, Rows, Tensors, attention_rows_kernel
-from .attention_config import BackwardConfig, Config, backward_config, heads_together
+from .attention_config import (
+    BackwardConfig,
+    Config,
+    attention_problem,
+    backward_config,
+    heads_together,
+)
 from .attention_forward import Order
 from .attention_tile import problem_of, static_of
 from .kernel import Launch, View, architecture
+from .tuned import tuned
 
 
 def attention_backward(
@@ -69,9 +76,7 @@ class BackwardPlan:
     ) -> None:
         self.call = call
         self.problem = problem_of(call)
-        self.config = config or backward_config(
-            arch, call.q.dtype, call.q.shape[3], call.v.shape[3]
-        )
+        self.config = config or self._config(arch)
         self.launches: list[Launch] = []
         batch, heads, q_len, _ = call.q.shape
         k_len = call.k.shape[2]
@@ -112,6 +117,12 @@ class BackwardPlan:
         )
         if not empty:
             self._plan_sweeps()
+
+    def _config(self, arch: str) -> BackwardConfig:
+        q, head_dim, v_dim = self.call.q, self.call.q.shape[3], self.call.v.shape[3]
+        name = attention_problem(q.dtype, head_dim, v_dim, q.shape[2])
+        default = backward_config(arch, q.dtype, head_dim, v_dim)
+        return tuned("attention_backward", name, q.device, default)
 
     def _plan_bias(self, bias: Tensor) -> None:
         """dbias, or the sums of which it is made: as large as the scores without the dimension

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..base import AttentionCall, empty_output
-from .attention_config import Config, forward_config, heads_together, key_splits
+from .attention_config import Config, attention_problem, forward_config, heads_together, key_splits
 from .attention_tile import (
     Head,
     Problem,
@@ -51,6 +51,7 @@ from .kernel import (
     processors,
 )
 from .mask import all_keys, any_keys
+from .tuned import tuned
 
 _LOG2E = tl.constexpr(LOG2E)
 CAREFUL_ROWS = tl.constexpr(16)
@@ -361,6 +362,8 @@ def forward_launches(
     rows = q_len * (sizes.group if grouped else 1)
     if config is None:
         config = forward_config(arch, call.q.dtype, head_dim, v_dim, rows)
+        name = attention_problem(call.q.dtype, head_dim, v_dim, rows)
+        config = tuned("attention_forward", name, call.q.device, config)
     static = static_of(call, score, config)._replace(grouped=grouped)
     k, v = View.of(call.k), View.of(call.v)
     if FORCE[0] and describable(call.k, static.d, arch) and describable(call.v, static.dv, arch):
