@@ -41,7 +41,7 @@ from .attention_config import (
 )
 from .attention_forward import Order
 from .attention_tile import problem_of, static_of
-from .kernel import Launch, View, architecture
+from .kernel import Launch, View, architecture, describe
 from .tuned import tuned
 
 
@@ -74,7 +74,7 @@ class BackwardPlan:
         arch: str,
         config: BackwardConfig | None = None,
     ) -> None:
-        self.call = call
+        self.call, self.dout = call, dout
         self.problem = problem_of(call)
         self.config = config or self._config(arch)
         self.launches: list[Launch] = []
@@ -153,14 +153,23 @@ class BackwardPlan:
             tiles = -(-q_len // config.dq.block_m)
             order = Order(tiles, batch * heads, heads_together(k_len * bytes_a_row, group, even))
             grid = (tiles * batch * heads,)
-            self._add(attention_dq_kernel, grid, config.dq, outputs=outputs, order=order)
+            self._add(
+                attention_dq_kernel, grid, config.dq, ("k", "v"), outputs=outputs, order=order
+            )
         outputs = Outputs(None, _view(self.dk), _view(self.dv), None, None)
         if any(x is not None for x in outputs):
             tiles = -(-k_len // config.dkdv.block_n)
             together = heads_together(q_len * bytes_a_row * group, 1, even)
             order = Order(tiles, batch * kv_heads, together)
             grid = (tiles * batch * kv_heads,)
-            self._add(attention_dkdv_kernel, grid, config.dkdv, outputs=outputs, order=order)
+            self._add(
+                attention_dkdv_kernel,
+                grid,
+                config.dkdv,
+                ("q", "dout"),
+                outputs=outputs,
+                order=order,
+            )
         key_tiles = -(-k_len // config.dbias.block_n)
         if self.key_sums is not None:
             shape = (key_tiles, batch * heads)
@@ -178,13 +187,28 @@ class BackwardPlan:
         )
         return View(dbias, *strides)
 
-    def _add(self, kernel: Any, grid: tuple[int, ...], config: Config, **arguments: Any) -> None:
-        static = static_of(self.call, self.problem.score, config)
+    def _add(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        config: Config,
+        walked: tuple[str, ...] = (),
+        **arguments: Any,
+    ) -> None:
+        """``walked``: the tensors of which the kernel's loops fetch tiles."""
+        tensors = {"q": self.call.q, "k": self.call.k, "v": self.call.v, "dout": self.dout}
+        static = static_of(
+            self.call, self.problem.score, config, tuple(tensors[name] for name in walked)
+        )
+        x = self.x
+        if static.tma:
+            rows = config.block_m if "q" in walked else config.block_n
+            x = x._replace(**{name: describe(tensors[name], rows) for name in walked})
         self.launches.append(
             Launch(
                 kernel,
                 grid,
-                {"x": self.x, **arguments, **self.problem._asdict()},
+                {"x": x, **arguments, **self.problem._asdict()},
                 {"static": static},
                 config.num_warps,
                 config.num_stages,

@@ -51,7 +51,13 @@ def _walk_keys(
     dq, sums = state
     queries, dout, delta, low, high = fixed
     numbers = (delta[:, None], low[:, None], high[:, None])
-    for start in tl.range(begin, end, static.block_n, num_stages=1 if CAREFUL else None):
+    for start in tl.range(
+        begin,
+        end,
+        static.block_n,
+        num_stages=1 if CAREFUL else None,
+        warp_specialize=static.specialize and not CAREFUL,
+    ):
         j = start + tl.arange(0, static.block_n)[None, :]
         keys = load_keys(x.k, at, start, problem, static, MASKED)  # (N, D)
         values = load_values(x.v, at, start, problem, static, MASKED)  # (N, Dv)
@@ -179,7 +185,12 @@ def _walk_queries(
     j = first + tl.arange(0, N)[:, None]
     # One loop, not one in another: tiles are fetched ahead also from one head to the next.
     tiles = tl.cdiv(tl.maximum(end - begin, 0), M)
-    for n in tl.range(0, tiles * sizes.group, num_stages=1 if CAREFUL else None):
+    for n in tl.range(
+        0,
+        tiles * sizes.group,
+        num_stages=1 if CAREFUL else None,
+        warp_specialize=static.specialize and not CAREFUL,
+    ):
         head = shared.kv_head * sizes.group + n // tiles
         at = Head(shared.batch, head, shared.kv_head)
         start = begin + n % tiles * M

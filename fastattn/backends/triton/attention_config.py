@@ -18,6 +18,8 @@ class Config(NamedTuple):
     block_n: int  # keys
     num_warps: int
     num_stages: int
+    tma: bool = False  # tiles come by tensor descriptors, where the tensors allow it
+    specialize: bool = False  # warps that fetch and warps that multiply
 
 
 class BackwardConfig(NamedTuple):

@@ -45,7 +45,6 @@ from .kernel import (
     Launch,
     View,
     architecture,
-    describable,
     describe,
     next_power_of_two,
     processors,
@@ -55,7 +54,6 @@ from .tuned import tuned
 
 _LOG2E = tl.constexpr(LOG2E)
 CAREFUL_ROWS = tl.constexpr(16)
-FORCE = [False, False]
 GROUPED_QUERIES = 16  # of a head, at most, where the rows of a tile are of several heads
 
 
@@ -102,7 +100,7 @@ def tile_order(order):
 
 
 @triton.jit
-def _walk(
+def walk_keys(
     state,
     queries,
     tensors,
@@ -155,7 +153,7 @@ def _walk(
 
 
 @triton.jit
-def _start(ROWS: tl.constexpr, static: tl.constexpr):
+def start_rows(ROWS: tl.constexpr, static: tl.constexpr):
     acc = tl.zeros((ROWS, static.dv), tl.float32)
     m = tl.full((ROWS,), -float("inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
@@ -163,7 +161,7 @@ def _start(ROWS: tl.constexpr, static: tl.constexpr):
 
 
 @triton.jit
-def _whose(row, number, sizes, static: tl.constexpr):
+def whose(row, number, sizes, static: tl.constexpr):
     """(i, at): the queries and the heads that are rows ``row`` (M,) of the walked head."""
     if static.grouped:
         kv_heads = sizes.heads // sizes.group
@@ -178,7 +176,7 @@ def _whose(row, number, sizes, static: tl.constexpr):
 
 
 @triton.jit
-def _as_column(at, static: tl.constexpr):
+def as_column(at, static: tl.constexpr):
     """``at`` with its heads as (M, 1), if it has several."""
     if static.grouped:
         return Head(at.batch, at.head[:, None], at.kv_head)
@@ -187,8 +185,9 @@ def _as_column(at, static: tl.constexpr):
 
 
 @triton.jit
-def _finish(state, x, at, i, problem, static: tl.constexpr):
-    """Writes rows i (M,) whose keys are done. A sink is one more logit, and has no value."""
+def finish_rows(state, x, at, i, doubt, problem, static: tl.constexpr):
+    """Writes rows i (M,) whose keys are done. A sink is one more logit, and has no value. Rows in
+    ``doubt``, if not None, are marked with NaN for lse."""
     acc, m, total = state
     q_len = problem.sizes.q_len
     row = (at.batch * problem.sizes.heads + at.head).to(tl.int64) * q_len + i
@@ -214,22 +213,32 @@ def _finish(state, x, at, i, problem, static: tl.constexpr):
         if problem.dropout is not None:
             scale = scale * problem.dropout.scale
         scale = tl.where(blind, 0.0, scale / total)
-        column = _as_column(at, static)
+        column = as_column(at, static)
         store_rows(x.out, acc * scale[:, None], column, i[:, None], q_len, static.v_dim, static.dv)
         value = tl.where(blind, -float("inf"), top + tl.log(total))
+        if doubt is not None:
+            value = tl.where(doubt, float("nan"), value)
         tl.store(x.lse + row, value, mask=i < q_len)
 
 
 @triton.jit
-def _again(x, row, number, begin, end, problem, static: tl.constexpr):
+def doubtful(state, score, static: tl.constexpr):
+    """(M,) the rows whose maxima or sums were not fit for the common loop; not so acc itself."""
+    _, m, total = state
+    large = (tl.abs(m) * exp_factor(score, static) > 2.0**24) & (m != -float("inf"))
+    return large | (total - total != 0)
+
+
+@triton.jit
+def take_rows_again(x, row, number, begin, end, problem, static: tl.constexpr):
     """Rows ``row`` of the walked head from the start, carefully."""
-    i, at = _whose(row, number, problem.sizes, static)
+    i, at = whose(row, number, problem.sizes, static)
     i2 = i[:, None]
-    at2 = _as_column(at, static)
+    at2 = as_column(at, static)
     queries = load_rows(x.q, at2, i2, problem.sizes.q_len, static.head_dim, static.d)
-    state = _start(row.shape[0], static)
-    state = _walk(state, queries, x, begin, end, at2, i2, problem, static, True, True)
-    _finish(state, x, at, i, problem, static)
+    state = start_rows(row.shape[0], static)
+    state = walk_keys(state, queries, x, begin, end, at2, i2, problem, static, True, True)
+    finish_rows(state, x, at, i, None, problem, static)
 
 
 @triton.jit(do_not_specialize=["sizes", "mask", "dropout", "order", "chunk"])
@@ -255,7 +264,7 @@ def attention_forward_kernel(
     M: tl.constexpr = static.block_m
     N: tl.constexpr = static.block_n
     tile, number = tile_order(order)
-    i, at = _whose(tile * M + tl.arange(0, M), number, sizes, static)
+    i, at = whose(tile * M + tl.arange(0, M), number, sizes, static)
     if static.grouped:
         i_begin = 0
         i_end = sizes.q_len
@@ -276,25 +285,24 @@ def attention_forward_kernel(
     all_end = tl.maximum(all_end // N * N, all_begin)
 
     i2 = i[:, None]
-    at2 = _as_column(at, static)
+    at2 = as_column(at, static)
     queries = load_rows(q, at2, i2, sizes.q_len, static.head_dim, static.d)  # (M, D)
-    state = _start(M, static)
+    state = start_rows(M, static)
     if mask.left is not None:
         first_end = tl.minimum(all_begin, end)
-        state = _walk(state, queries, x, begin, first_end, at2, i2, problem, static, True, False)
-    state = _walk(state, queries, x, all_begin, all_end, at2, i2, problem, static, False, False)
-    state = _walk(state, queries, x, all_end, end, at2, i2, problem, static, True, False)
+        state = walk_keys(
+            state, queries, x, begin, first_end, at2, i2, problem, static, True, False
+        )
+    state = walk_keys(state, queries, x, all_begin, all_end, at2, i2, problem, static, False, False)
+    state = walk_keys(state, queries, x, all_end, end, at2, i2, problem, static, True, False)
 
-    acc, m, total = state
-    large = (tl.abs(m) * exp_factor(score, static) > 2.0**24) & (m != -float("inf"))
-    doubtful = large | (total - total != 0)
-    if unsound(acc) or tl.max(doubtful.to(tl.int32), 0) > 0:
+    if unsound(state[0]) or tl.max(doubtful(state, score, static).to(tl.int32), 0) > 0:
         # A few rows at a time: the registers are those of the common case.
         for first in range(0, M, CAREFUL_ROWS):
             row = tile * M + first + tl.arange(0, CAREFUL_ROWS)
-            _again(x, row, number, begin, end, problem, static)
+            take_rows_again(x, row, number, begin, end, problem, static)
     else:
-        _finish(state, x, at, i, problem, static)
+        finish_rows(state, x, at, i, None, problem, static)
 
 
 @triton.jit(do_not_specialize=["sizes", "mask", "dropout"])
@@ -326,11 +334,12 @@ def attention_merge_kernel(
         total += weight * tl.load(parts.sum + r + s, mask=inside, other=0.0)
         part = tl.load(parts.acc + (r + s)[:, None] * static.v_dim + d, mask=columns, other=0.0)
         acc += weight[:, None] * part
-    _finish(
+    finish_rows(
         (acc, top, total),
         Tensors(None, None, None, out, lse, None, 0, sinks),
         at,
         i,
+        None,
         problem,
         static,
     )
@@ -364,14 +373,16 @@ def forward_launches(
         config = forward_config(arch, call.q.dtype, head_dim, v_dim, rows)
         name = attention_problem(call.q.dtype, head_dim, v_dim, rows)
         config = tuned("attention_forward", name, call.q.device, config)
-    static = static_of(call, score, config)._replace(grouped=grouped)
-    k, v = View.of(call.k), View.of(call.v)
-    if FORCE[0] and describable(call.k, static.d, arch) and describable(call.v, static.dv, arch):
-        static = static._replace(tma=True, specialize=FORCE[1])
-        k, v = (
-            describe(call.k, static.block_n, static.d),
-            describe(call.v, static.block_n, static.dv),
-        )
+    static = static_of(call, score, config, (call.k, call.v))._replace(grouped=grouped)
+    if config.specialize and not grouped:
+        from . import attention_specialized as specialized
+
+        if specialized.is_specializable(call, static, problem):
+            return specialized.specialized_launches(call, problem, out, lse, config)
+    k: Any = View.of(call.k)
+    v: Any = View.of(call.v)
+    if static.tma:
+        k, v = (describe(x, static.block_n) for x in (call.k, call.v))
     tiles = -(-rows // config.block_m)
     walked_heads = batch * heads // (sizes.group if grouped else 1)
     splits, chunk = key_splits(

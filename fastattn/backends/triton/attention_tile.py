@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..base import AttentionCall
 from .attention_config import Config, columns
-from .kernel import LOG2E, View, float32_precision
+from .kernel import LOG2E, View, describable, float32_precision
 from .mask import Mask, visible
 from .philox import philox, threshold
 
@@ -75,7 +76,7 @@ class Static(NamedTuple):
     exact: bool  # a difference of logits is taken before it is scaled: float32
     grouped: bool  # the rows of a tile are of all heads that share a KV head
     precision: str  # tl.dot's, of float32
-    tma: bool  # what a loop walks along comes as tensor descriptors
+    tma: int  # rank of the descriptors of what a loop walks: 4, of all; 2, of one head; 0: none
     specialize: bool  # warps that fetch, warps that multiply
 
 
@@ -98,9 +99,13 @@ def problem_of(call: AttentionCall) -> Problem:
     )
 
 
-def static_of(call: AttentionCall, score: Score, config: Config) -> Static:
+def static_of(
+    call: AttentionCall, score: Score, config: Config, walked: tuple[Tensor, ...] = ()
+) -> Static:
+    """``walked``: the tensors of which a loop fetches tiles."""
     head_dim, v_dim, dtype = call.q.shape[3], call.v.shape[3], call.q.dtype
     float32 = dtype is torch.float32
+    tma = config.tma and all(map(describable, walked)) and len(walked) > 0
     # Is there no more than a positive scale, the exponent takes it along.
     plain = score.scale > 0 and all(x is None for x in score[1:])
     return Static(
@@ -114,7 +119,7 @@ def static_of(call: AttentionCall, score: Score, config: Config) -> Static:
         exact=float32,
         grouped=False,
         precision=float32_precision() if float32 else "ieee",
-        tma=False,
+        tma=4 if tma else 0,
         specialize=False,
     )
 
@@ -159,9 +164,11 @@ def load_tile(
     TMA: tl.constexpr,
 ):
     """Rows [row, row + ROWS) of one head as (ROWS, COLUMNS); zeros from row_end, if CHECKED, and
-    from WIDTH on. With TMA, x is a descriptor of the tensor, which knows where it ends."""
-    if TMA:
+    from WIDTH on. With TMA, x is a descriptor of that rank, which knows where the tensor ends."""
+    if TMA == 4:
         return x.load([batch, head, row, 0]).reshape([ROWS, COLUMNS])
+    elif TMA == 2:
+        return x.load([row, 0])
     else:
         r = tl.arange(0, ROWS)[:, None]
         d = tl.arange(0, COLUMNS)[None, :]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -61,8 +62,11 @@ class Launch:
     constants: dict[str, Any]  # the tl.constexpr parameters; may be named tuples
     num_warps: int = 4
     num_stages: int = 2
+    describes: bool = False  # makes tensor descriptors itself, which need memory
 
     def run(self) -> None:
+        if self.describes:
+            triton.set_allocator(_workspace)
         self.function[self.grid](
             **self.arguments,
             **self._compile_time(),
@@ -103,6 +107,10 @@ class Launch:
             main,
             instructions,
         )
+
+
+def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 _POINTERS = {
@@ -148,31 +156,31 @@ class _Typed:
             self.attributes[path] = [["tt.divisibility", 16]]
 
 
-def describable(x: Tensor, columns: int, arch: str) -> bool:
-    """Whether the tensor memory accelerator can fetch tiles of ``columns`` numbers a row of x."""
+def describable(x: Tensor) -> bool:
+    """Whether tensor descriptors, and so the tensor memory accelerator, can speak of x."""
     unit = x.element_size()
     return (
-        arch in ("sm_90", "sm_100", "sm_103", "sm_120", "sm_121", "cpu")
-        and columns <= 256
+        0 < x.shape[3] <= 256
         and x.stride(3) == 1
+        and 0 not in x.shape
+        and (x.is_meta or x.data_ptr() % 16 == 0)
         and all(
             step > 0 and step * unit % 16 == 0
             for step, size in zip(x.stride()[:3], x.shape, strict=False)
             if size > 1
         )
-        and 0 not in x.shape
-        and (x.is_meta or x.data_ptr() % 16 == 0)
     )
 
 
-def describe(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Of tiles (1, 1, rows, columns) of x."""
+def describe(x: Tensor, rows: int) -> TensorDescriptor:
+    """Of tiles (1, 1, rows, head dim) of x, the head dim as a power of two from 16 on."""
     unit = 16 // x.element_size()
     strides = [
-        unit if size == 1 and d < 3 else step
+        unit if size == 1 and d < 3 else step  # of one, any stride: it may not be fit
         for d, (step, size) in enumerate(zip(x.stride(), x.shape, strict=True))
     ]
-    return TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, columns])
+    block = [1, 1, rows, max(16, next_power_of_two(x.shape[3]))]
+    return TensorDescriptor(x, list(x.shape), strides, block)
 
 
 @functools.cache

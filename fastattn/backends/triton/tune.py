@@ -121,13 +121,12 @@ def softmax_problems(x: Tensor) -> Iterator[Problem]:
     )
 
 
-def attention_alternatives(best: Config) -> list[Config]:
-    return [
-        best._replace(block_m=m, block_n=n, num_warps=warps, num_stages=stages)
-        for m, n, warps, stages in itertools.product(
-            (32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3, 4)
-        )
-    ]
+def attention_alternatives(best: Config, specialize: bool = False) -> list[Config]:
+    """Tiles, warps and stages; then, beside plain addresses, tensor descriptors and specialised
+    warps, which a tensor or a version without them ignores."""
+    ways = [(False, False), (True, False), (True, True)] if specialize else [(best.tma, False)]
+    sizes = itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3, 4))
+    return [Config(*numbers, *way) for numbers in sizes for way in ways]
 
 
 def attention_problems(q: Tensor) -> Iterator[Problem]:
@@ -141,7 +140,7 @@ def attention_problems(q: Tensor) -> Iterator[Problem]:
         "attention_forward",
         attention_problem(q.dtype, head_dim, head_dim, length),
         forward_config(arch, q.dtype, head_dim, head_dim, length),
-        [attention_alternatives],
+        [lambda best: attention_alternatives(best, specialize=True)],
         lambda config: attention_forward.forward_launches(call, out, lse, arch, config),
     )
 
