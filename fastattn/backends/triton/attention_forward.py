@@ -329,8 +329,8 @@ def attention_merge_kernel(
     acc = tl.zeros((static.block_m, static.dv), tl.float32)
     total = tl.zeros((static.block_m,), tl.float32)
     for s in range(0, parts.splits):
-        m = tl.load(parts.max + r + s, mask=inside, other=-float("inf"))
-        weight = tl.exp2((m - reference) * factor)
+        peak = tl.load(parts.max + r + s, mask=inside, other=-float("inf"))
+        weight = tl.exp2((peak - reference) * factor)
         total += weight * tl.load(parts.sum + r + s, mask=inside, other=0.0)
         part = tl.load(parts.acc + (r + s)[:, None] * static.v_dim + d, mask=columns, other=0.0)
         acc += weight[:, None] * part
