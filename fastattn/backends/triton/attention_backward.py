@@ -69,12 +69,10 @@ class BackwardPlan:
     ) -> None:
         self.call, self.dout = call, dout
         self.problem = problem_of(call)
-        self.config = config or backward_config(
-            arch, call.q.dtype, call.q.shape[3], call.v.shape[3]
-        )
+        batch, heads, q_len, head_dim = call.q.shape
+        k_len, v_dim = call.v.shape[2:]
+        self.config = config or backward_config(arch, call.q.dtype, head_dim, v_dim, q_len, k_len)
         self.launches: list[Launch] = []
-        batch, heads, q_len, _ = call.q.shape
-        k_len = call.k.shape[2]
         rows, empty = batch * heads * q_len, batch * heads * q_len * k_len == 0
         new = torch.zeros_like if empty else torch.empty_like
         self.dq, self.dk, self.dv = (

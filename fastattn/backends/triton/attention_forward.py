@@ -369,7 +369,7 @@ def forward_launches(
     grouped = q_len <= GROUPED_QUERIES and sizes.group > 1
     rows = q_len * (sizes.group if grouped else 1)
     if config is None:
-        config = forward_config(arch, call.q.dtype, head_dim, v_dim, rows)
+        config = forward_config(arch, call.q.dtype, head_dim, v_dim, rows, problem.sizes.k_len)
     static = static_of(call, score, config, (call.k, call.v))._replace(grouped=grouped)
     if config.specialize and not grouped:
         from . import attention_specialized as specialized
