@@ -313,7 +313,12 @@ def test_masks(dtype, dim, log):
     keep[2], keep[:, 5], keep[:, :, 7] = False, False, False  # nothing to keep, whatever the dim
     for mask in (keep, keep[:1], keep[:, :1], keep[:, :, :1], keep[:1, :, :1], keep[:1, :1]):
         added = torch.where(mask, random(*mask.shape, seed=3), -torch.inf)
-        for form in (mask, added, added.to(dtype), mask.transpose(0, 2).contiguous().transpose(0, 2)):
+        for form in (
+            mask,
+            added,
+            added.to(dtype),
+            mask.transpose(0, 2).contiguous().transpose(0, 2),
+        ):
             check_softmax(softmax_call(x, dim, form.expand(x.shape), 0.5, log), dy)
 
 

@@ -194,7 +194,12 @@ def main(arguments: list[str]) -> int:
         for variant in variants(arch):
             if pattern and not fnmatch.fnmatch(f"{variant.name}/{arch}", f"*{pattern}*"):
                 continue
-            line = compiled(variant, arch)
+            try:
+                line = compiled(variant, arch)
+            except Exception as error:  # of any kind and depth: the compiler's own
+                last = (str(error).strip() or repr(error)).splitlines()[-1]
+                found.append(f"{variant.name} on {arch}: does not compile: {last}")
+                continue
             lines.append(line)
             before = table.pop(line.key, None) if same else None
             if same and before is None:
@@ -203,6 +208,7 @@ def main(arguments: list[str]) -> int:
     lines.sort(key=lambda line: line.kernel)  # stable: architectures stay in their order
     if pattern:
         print(text_of(lines, triton.__version__), end="")
+        print(*found, sep="\n")
         return 0
     if same:
         found += [f"{kernel} on {arch}: is no longer there" for kernel, arch in table]

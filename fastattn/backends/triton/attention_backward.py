@@ -32,10 +32,17 @@ from .attention_backward_kernels import (
     attention_key_sums_kernel,
 )
 from .attention_backward_tile import Outputs, Rows, Tensors, attention_rows_kernel
-from .attention_config import BackwardConfig, Config, backward_config, heads_together
+from .attention_config import (
+    BackwardConfig,
+    Config,
+    attention_problem,
+    backward_config,
+    heads_together,
+)
 from .attention_forward import Order
 from .attention_tile import problem_of, static_of
 from .kernel import Launch, View, architecture, describe
+from .tuned import tuned
 
 
 def attention_backward(
@@ -69,9 +76,9 @@ class BackwardPlan:
     ) -> None:
         self.call, self.dout = call, dout
         self.problem = problem_of(call)
-        batch, heads, q_len, head_dim = call.q.shape
-        k_len, v_dim = call.v.shape[2:]
-        self.config = config or backward_config(arch, call.q.dtype, head_dim, v_dim, q_len, k_len)
+        self.config = config or self._config(arch)
+        batch, heads, q_len, _ = call.q.shape
+        k_len = call.k.shape[2]
         self.launches: list[Launch] = []
         rows, empty = batch * heads * q_len, batch * heads * q_len * k_len == 0
         new = torch.zeros_like if empty else torch.empty_like
@@ -110,6 +117,13 @@ class BackwardPlan:
         )
         if not empty:
             self._plan_sweeps()
+
+    def _config(self, arch: str) -> BackwardConfig:
+        q, (k_len, v_dim) = self.call.q, self.call.v.shape[2:]
+        q_len, head_dim = q.shape[2:]
+        name = attention_problem(q.dtype, head_dim, v_dim, q_len)
+        default = backward_config(arch, q.dtype, head_dim, v_dim, q_len, k_len)
+        return tuned("attention_backward", name, q.device, default)
 
     def _plan_bias(self, bias: Tensor) -> None:
         """dbias, or the sums of which it is made: as large as the scores without the dimension

@@ -137,6 +137,12 @@ def backward_config(
     return BackwardConfig(rows, dq, dkdv, Config(small, min(dq.block_n, 32), 4, 1))
 
 
+def attention_problem(dtype: torch.dtype, head_dim: int, v_dim: int, rows: int) -> str:
+    """Under what a tuned configuration is kept: few rows, as in decoding, are another problem."""
+    name = str(dtype).removeprefix("torch.")
+    return f"{name}, head dims {columns(head_dim)} {columns(v_dim)}, {min(rows, 128)} rows or more"
+
+
 def heads_together(kv_bytes: int, sharing: int, even: bool) -> int:
     """How many query heads are at work at the same time, ``sharing`` of which read the same keys.
 

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..base import AttentionCall, empty_output
-from .attention_config import Config, forward_config, heads_together, key_splits
+from .attention_config import Config, attention_problem, forward_config, heads_together, key_splits
 from .attention_tile import (
     Head,
     Problem,
@@ -50,6 +50,7 @@ from .kernel import (
     processors,
 )
 from .mask import all_keys, any_keys
+from .tuned import tuned
 
 _LOG2E = tl.constexpr(LOG2E)
 CAREFUL_ROWS = tl.constexpr(16)
@@ -328,8 +329,8 @@ def attention_merge_kernel(
     acc = tl.zeros((static.block_m, static.dv), tl.float32)
     total = tl.zeros((static.block_m,), tl.float32)
     for s in range(0, parts.splits):
-        m = tl.load(parts.max + r + s, mask=inside, other=-float("inf"))
-        weight = tl.exp2((m - reference) * factor)
+        peak = tl.load(parts.max + r + s, mask=inside, other=-float("inf"))
+        weight = tl.exp2((peak - reference) * factor)
         total += weight * tl.load(parts.sum + r + s, mask=inside, other=0.0)
         part = tl.load(parts.acc + (r + s)[:, None] * static.v_dim + d, mask=columns, other=0.0)
         acc += weight[:, None] * part
@@ -370,6 +371,8 @@ def forward_launches(
     rows = q_len * (sizes.group if grouped else 1)
     if config is None:
         config = forward_config(arch, call.q.dtype, head_dim, v_dim, rows, problem.sizes.k_len)
+        name = attention_problem(call.q.dtype, head_dim, v_dim, rows)
+        config = tuned("attention_forward", name, call.q.device, config)
     static = static_of(call, score, config, (call.k, call.v))._replace(grouped=grouped)
     if config.specialize and not grouped:
         from . import attention_specialized as specialized

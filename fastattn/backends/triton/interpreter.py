@@ -2,8 +2,8 @@
 
 The interpreter keeps bfloat16 as uint16 and, up to triton 3.9, computes with the bits as if they
 were integers; it truncates where the hardware rounds; and it lets a NaN through ``tl.maximum``,
-which drops it. ``tests/triton/test_interpreter.py`` holds every one of these to torch, and shows
-that it would notice if the correction were gone.
+which drops it. ``tests/interpreted/test_interpreter.py`` holds every one of these to torch, and
+shows that it would notice if the correction were gone.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter as module
 from triton.runtime.interpreter import (
+    InterpretedFunction,
     InterpreterBuilder,
     ReduceOps,
     TensorHandle,
@@ -176,6 +177,15 @@ def _patch_lang_tensor(tensor: Any, scope: Any) -> None:
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
 
+_run = InterpretedFunction.run
+
+
+def _run_quietly(self: Any, *arguments: Any, **keywords: Any) -> Any:
+    """Infinities and NaN are what kernels compute with, nothing for numpy to warn of."""
+    with np.errstate(all="ignore"):
+        return _run(self, *arguments, **keywords)
+
+
 _CORRECTIONS: dict[Any, dict[str, Any]] = {
     InterpreterBuilder: {
         "binary_op": _elementwise(InterpreterBuilder.binary_op),
@@ -191,5 +201,6 @@ _CORRECTIONS: dict[Any, dict[str, Any]] = {
         "get_bf16": lambda self, x: TensorHandle(narrow_to_bf16(np.array([x])), tl.bfloat16),
     },
     module: {"_patch_lang_tensor": _patch_lang_tensor},
+    InterpretedFunction: {"run": _run_quietly},
     ReduceOps: {"sum": _in_float32(_sum), "min_max": _in_float32(_min_max)},
 }

@@ -196,9 +196,11 @@ def architecture(device: torch.device) -> str:
 
 @functools.cache
 def processors(device: torch.device) -> int:
-    """How many multiprocessors the device has."""
+    """How many multiprocessors the device has. The interpreter has few: there, too, a program is to
+    take several shares. The meta device, of code that is only compiled, has as many as a large one.
+    """
     if device.type != "cuda":
-        return 4
+        return 4 if device.type == "cpu" else 128
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 

@@ -17,12 +17,14 @@ from ..rows import rows_of
 from .kernel import Launch, architecture, processors
 from .philox import philox
 from .row_config import (
-    LAYER_NORM_BACKWARD_IN_REGISTERS,
-    LAYER_NORM_BYTES_IN_REGISTERS,
+    RowConfig,
     column_tile,
-    row_config,
+    layer_norm_backward_config,
+    layer_norm_config,
+    row_problem,
 )
 from .rows import Dropout, Rows, Sizes, contiguous_like, launch_of, row_address
+from .tuned import tuned
 
 # ---------------------------------------------------------------------------------------- tiles
 
@@ -181,12 +183,19 @@ def layer_norm_forward_looped_kernel(
         )
 
 
-def forward_launch(call: LayerNormCall, outputs: tuple[Tensor | None, ...], arch: str) -> Launch:
+def forward_launch(
+    call: LayerNormCall,
+    outputs: tuple[Tensor | None, ...],
+    arch: str,
+    config: RowConfig | None = None,
+) -> Launch:
     y, new_residual, mean, rstd = outputs
     sizes, (x, residual), strides = rows_of(call.width, call.x, call.residual)
     assert rstd is not None
-    limit = LAYER_NORM_BYTES_IN_REGISTERS // x.element_size()
-    config = row_config(arch, call.width, rstd.numel(), limit)
+    if config is None:
+        config = layer_norm_config(arch, x.dtype, call.width, rstd.numel())
+        problem = row_problem(x.dtype, config)
+        config = tuned("layer_norm_forward", problem, x.device, config)
     kernel = layer_norm_forward_looped_kernel if config.looped else layer_norm_forward_kernel
     given = {
         "x": Rows.of(x, strides[0], sizes), "residual": Rows.of(residual, strides[1], sizes),
@@ -419,6 +428,7 @@ def backward_launches(
     incoming: tuple[Tensor, Tensor | None],
     grads: tuple[Tensor | None, ...],
     arch: str,
+    config: RowConfig | None = None,
 ) -> list[Launch]:
     """Rows in registers: one launch for everything; longer ones: one for dx and dresidual, one for
     the weights. Then one that sums what each program has of dweight and dbias."""
@@ -426,7 +436,10 @@ def backward_launches(
     sizes, held, strides = rows_of(width, source, *incoming)
     x, dy, dnew_residual = (Rows.of(t, s, sizes) for t, s in zip(held, strides, strict=True))
     rows, machine = rstd.numel(), processors(source.device)
-    config = row_config(arch, width, rows, LAYER_NORM_BACKWARD_IN_REGISTERS)
+    if config is None:
+        config = layer_norm_backward_config(arch, width, rows)
+        problem = row_problem(source.dtype, config)
+        config = tuned("layer_norm_backward", problem, source.device, config)
     tiles = triton.cdiv(rows, config.block_rows)
     if config.looped:
         weights_tile = dict(zip("RW", column_tile(width, machine, 512), strict=True))

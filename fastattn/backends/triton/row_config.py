@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 from .kernel import next_power_of_two
 
 # Numbers of a row that the registers of one program hold without spilling, kernel by kernel: the
@@ -50,6 +52,28 @@ def column_config(arch: str, width: int, inner: int) -> RowConfig:
     return RowConfig(block_columns, block_width, warps, looped)
 
 
+def layer_norm_config(arch: str, dtype: torch.dtype, width: int, rows: int) -> RowConfig:
+    return row_config(arch, width, rows, LAYER_NORM_BYTES_IN_REGISTERS // dtype.itemsize)
+
+
+def layer_norm_backward_config(arch: str, width: int, rows: int) -> RowConfig:
+    return row_config(arch, width, rows, LAYER_NORM_BACKWARD_IN_REGISTERS)
+
+
+def softmax_config(arch: str, sizes: tuple[int, ...], backward: bool = False) -> RowConfig:
+    """``sizes`` as ``columns_of`` gives them."""
+    n0, n1, n2, width, inner = sizes
+    if inner > 1:
+        return column_config(arch, width, inner)
+    limit = SOFTMAX_BACKWARD_IN_REGISTERS if backward else SOFTMAX_IN_REGISTERS
+    return row_config(arch, width, n0 * n1 * n2, limit)
+
+
+def row_problem(dtype: torch.dtype, config: RowConfig) -> str:
+    """Under what a tuned configuration is kept."""
+    return f"{str(dtype).removeprefix('torch.')}, {config.block_width} wide"
+
+
 def warps_for(arch: str, numbers: int) -> int:
     """16 numbers a thread, and at most the 1024 threads that a program can have."""
     warp = 64 if arch.startswith("gfx9") else 32
@@ -57,8 +81,8 @@ def warps_for(arch: str, numbers: int) -> int:
 
 
 def column_tile(width: int, processors: int, least: int) -> tuple[int, int]:
-    """(rows, columns) of a tile of 4096 numbers, of a tensor that is summed over its rows: about two
-    programs for each multiprocessor, ``least`` columns or more."""
+    """(rows, columns) of a tile of 4096 numbers, of a tensor that is summed over its rows: two
+    programs or so for each multiprocessor, ``least`` columns or more."""
     columns = next_power_of_two(width // (2 * processors))
     columns = max(least, min(columns, 1024))
     return _TILE // columns, columns

@@ -35,7 +35,7 @@ class Rows(NamedTuple):
 
 
 class Lines(NamedTuple):
-    """The same for softmax: ``along`` walks the numbers of a line, ``across`` the lines of a row."""
+    """The same for softmax: ``along`` walks a line's numbers, ``across`` the lines of a row."""
 
     ptr: Any
     outer: Any

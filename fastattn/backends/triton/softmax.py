@@ -15,14 +15,9 @@ from torch import Tensor
 from ..base import SoftmaxCall
 from ..rows import columns_of
 from .kernel import LOG2E, Launch, architecture
-from .row_config import (
-    SOFTMAX_BACKWARD_IN_REGISTERS,
-    SOFTMAX_IN_REGISTERS,
-    RowConfig,
-    column_config,
-    row_config,
-)
+from .row_config import RowConfig, row_problem, softmax_config
 from .rows import Lines, Sizes, contiguous_like, launch_of, row_address
+from .tuned import tuned
 
 _LOG2E = tl.constexpr(LOG2E)
 
@@ -212,33 +207,33 @@ def softmax_backward_looped_kernel(
 # --------------------------------------------------------------------------------------- launch
 
 
-def _config(arch: str, sizes: tuple[int, ...], limit: int) -> tuple[RowConfig, int]:
-    """The configuration, and how many programs."""
-    n0, n1, n2, width, inner = sizes
-    rows = n0 * n1 * n2
-    if inner == 1:
-        config = row_config(arch, width, rows, limit)
-        return config, triton.cdiv(rows, config.block_rows)
-    config = column_config(arch, width, inner)
-    return config, rows * triton.cdiv(inner, config.block_rows)
+def _config(x: Tensor, sizes: tuple[int, ...], arch: str, backward: bool = False) -> RowConfig:
+    config = softmax_config(arch, sizes, backward)
+    problem = row_problem(x.dtype, config)
+    if sizes[-1] > 1:
+        problem = f"{problem}, {config.block_rows} columns"
+    return tuned("softmax_backward" if backward else "softmax_forward", problem, x.device, config)
 
 
 def _launch(
-    arch: str, kernels: tuple, sizes: tuple[int, ...], given: dict, log: bool, limit: int
+    kernels: tuple, config: RowConfig, sizes: tuple[int, ...], given: dict, log: bool
 ) -> Launch:
     """Of the second of the kernels, where lines are looped."""
-    config, programs = _config(arch, sizes, limit)
-    given |= {
-        "sizes": Sizes.of(sizes),
-        "width": sizes[3],
-        "inner": None if sizes[4] == 1 else sizes[4],
-    }
+    n0, n1, n2, width, inner = sizes
+    given |= {"sizes": Sizes.of(sizes), "width": width, "inner": None if inner == 1 else inner}
+    rows = n0 * n1 * n2
+    programs = rows * triton.cdiv(inner, config.block_rows)
+    if inner == 1:
+        programs = triton.cdiv(rows, config.block_rows)
     tile = {"LOG": log, "L": config.block_rows, "W": config.block_width}
     return launch_of(kernels[config.looped], (programs,), given, tile, config.num_warps)
 
 
-def forward_launch(call: SoftmaxCall, y: Tensor, arch: str) -> Launch:
+def forward_launch(
+    call: SoftmaxCall, y: Tensor, arch: str, config: RowConfig | None = None
+) -> Launch:
     sizes, (x, *masks), strides, mask_inner = columns_of(call.dim, (call.x,), call.mask)
+    config = config or _config(x, sizes, arch)
     given = {
         "x": Lines.of(x, strides[0], 1, sizes),
         "mask": Lines.of(masks[0], strides[1], mask_inner, sizes) if masks else None,
@@ -246,7 +241,7 @@ def forward_launch(call: SoftmaxCall, y: Tensor, arch: str) -> Launch:
         "scale": call.scale,
     }
     kernels = softmax_forward_kernel, softmax_forward_looped_kernel
-    return _launch(arch, kernels, sizes, given, call.log, SOFTMAX_IN_REGISTERS)
+    return _launch(kernels, config, sizes, given, call.log)
 
 
 def softmax_forward(call: SoftmaxCall) -> Tensor:
@@ -257,10 +252,17 @@ def softmax_forward(call: SoftmaxCall) -> Tensor:
 
 
 def backward_launch(
-    y: Tensor, dy: Tensor, dx: Tensor, dim: int, scale: float, log: bool, arch: str
+    y: Tensor,
+    dy: Tensor,
+    dx: Tensor,
+    dim: int,
+    scale: float,
+    log: bool,
+    arch: str,
+    config: RowConfig | None = None,
 ) -> Launch:
-    sizes, held, strides, _ = columns_of(dim, (y, dy))
-    y, dy = held
+    sizes, (y, dy), strides, _ = columns_of(dim, (y, dy))
+    config = config or _config(y, sizes, arch, backward=True)
     given = {
         "y": Lines.of(y, strides[0], 1, sizes),
         "dy": Lines.of(dy, strides[1], 1, sizes),
@@ -268,7 +270,7 @@ def backward_launch(
         "scale": scale,
     }
     kernels = softmax_backward_kernel, softmax_backward_looped_kernel
-    return _launch(arch, kernels, sizes, given, log, SOFTMAX_BACKWARD_IN_REGISTERS)
+    return _launch(kernels, config, sizes, given, log)
 
 
 def softmax_backward(
