@@ -77,9 +77,9 @@ class BackwardPlan:
         self.call, self.dout = call, dout
         self.problem = problem_of(call)
         self.config = config or self._config(arch)
-        self.launches: list[Launch] = []
         batch, heads, q_len, _ = call.q.shape
         k_len = call.k.shape[2]
+        self.launches: list[Launch] = []
         rows, empty = batch * heads * q_len, batch * heads * q_len * k_len == 0
         new = torch.zeros_like if empty else torch.empty_like
         self.dq, self.dk, self.dv = (
@@ -119,9 +119,10 @@ class BackwardPlan:
             self._plan_sweeps()
 
     def _config(self, arch: str) -> BackwardConfig:
-        q, head_dim, v_dim = self.call.q, self.call.q.shape[3], self.call.v.shape[3]
-        name = attention_problem(q.dtype, head_dim, v_dim, q.shape[2])
-        default = backward_config(arch, q.dtype, head_dim, v_dim)
+        q, (k_len, v_dim) = self.call.q, self.call.v.shape[2:]
+        q_len, head_dim = q.shape[2:]
+        name = attention_problem(q.dtype, head_dim, v_dim, q_len)
+        default = backward_config(arch, q.dtype, head_dim, v_dim, q_len, k_len)
         return tuned("attention_backward", name, q.device, default)
 
     def _plan_bias(self, bias: Tensor) -> None:

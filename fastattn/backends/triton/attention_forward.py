@@ -370,7 +370,7 @@ def forward_launches(
     grouped = q_len <= GROUPED_QUERIES and sizes.group > 1
     rows = q_len * (sizes.group if grouped else 1)
     if config is None:
-        config = forward_config(arch, call.q.dtype, head_dim, v_dim, rows)
+        config = forward_config(arch, call.q.dtype, head_dim, v_dim, rows, problem.sizes.k_len)
         name = attention_problem(call.q.dtype, head_dim, v_dim, rows)
         config = tuned("attention_forward", name, call.q.device, config)
     static = static_of(call, score, config, (call.k, call.v))._replace(grouped=grouped)

@@ -4,9 +4,9 @@ For Hopper and datacenter Blackwell, which have a tensor memory accelerator to f
 products that run beside other work; and for calls that need nothing but a mask and sinks.
 
 Triton's automatic specialisation (``tl.range(..., warp_specialize=True)``) asks much of a kernel on
-Hopper: descriptors made by the kernel itself, of rank 2, also for the queries; one loop, so that the
-mask is looked at in every tile; and no branch after it. So a row that is in doubt (see
-attention_forward.py) is marked, with NaN for its lse, and another kernel takes such rows again.
+Hopper: descriptors made by the kernel itself, of rank 2, for the queries too; one loop, so that the
+mask is looked at in every tile; and no branch after it. So a row in doubt (attention_forward.py) is
+marked, with NaN for its lse, and another kernel takes such rows again.
 """
 
 from __future__ import annotations

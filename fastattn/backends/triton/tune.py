@@ -139,7 +139,7 @@ def attention_problems(q: Tensor) -> Iterator[Problem]:
     yield Problem(
         "attention_forward",
         attention_problem(q.dtype, head_dim, head_dim, length),
-        forward_config(arch, q.dtype, head_dim, head_dim, length),
+        forward_config(arch, q.dtype, head_dim, head_dim, length, length),
         [lambda best: attention_alternatives(best, specialize=True)],
         lambda config: attention_forward.forward_launches(call, out, lse, arch, config),
     )
@@ -152,7 +152,7 @@ def attention_problems(q: Tensor) -> Iterator[Problem]:
     yield Problem(
         "attention_backward",
         attention_problem(q.dtype, head_dim, head_dim, length),
-        backward_config(arch, q.dtype, head_dim, head_dim),
+        backward_config(arch, q.dtype, head_dim, head_dim, length, length),
         [
             lambda best: [best._replace(dq=c) for c in attention_alternatives(best.dq)],
             lambda best: [best._replace(dkdv=c) for c in attention_alternatives(best.dkdv)],
