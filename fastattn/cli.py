@@ -1,4 +1,4 @@
-"""The command line: fastattn info | check | bench."""
+"""The command line: fastattn info | check | bench | tune."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from .console import BAD, DIM, GOOD, Cell, Console
 def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(prog="fastattn", description="Fused kernels for PyTorch.")
     root.add_argument("--version", action="version", version=f"fastattn {__version__}")
-    commands = root.add_subparsers(dest="command", required=True, metavar="info | check | bench")
+    commands = root.add_subparsers(
+        dest="command", required=True, metavar="info | check | bench | tune"
+    )
 
     commands.add_parser("info", help="this machine, what was built, which backends run here")
 
@@ -38,6 +40,9 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--html", type=Path, metavar="PATH", help="write a page with plots there")
     bench.add_argument("--compare", type=Path, metavar="OLD.json", help="show what moved")
     bench.add_argument("--list", action="store_true", help="print what would run, and stop")
+
+    tune = commands.add_parser("tune", help="search the fastest Triton configurations for this GPU")
+    tune.add_argument("--op", choices=("attention", "layer_norm", "softmax"))
     return root
 
 
@@ -50,14 +55,15 @@ def positive(text: str) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0, 1 for a failed check or benchmark, 2 for a wrong command line."""
     options = parser().parse_args(arguments)
-    return {"info": info, "check": check, "bench": bench}[options.command](options)
+    commands = {"info": info, "check": check, "bench": bench, "tune": tune}
+    return commands[options.command](options)
 
 
 def info(options: argparse.Namespace) -> int:
     import fastattn
 
     from .backends import BACKENDS
-    from .bench import machine
+    from .bench import machine, overhead
 
     console = Console()
     facts = machine.describe()
@@ -97,6 +103,11 @@ def info(options: argparse.Namespace) -> int:
         else:
             rows.append((name, (f"unavailable: {reason}", BAD)))
     console.pairs("Backends, first choice first", rows)
+    if costs := overhead.host_microseconds():
+        console.pairs(
+            "Triton's calls on the host, all of ours up to the launch",
+            [(name, f"{cost:.0f} us") for name, cost in costs.items()],
+        )
     console.line("fastattn.explain(q, k, v, ...) says which one serves a call, and why.", DIM)
     return 0
 
@@ -111,6 +122,18 @@ def bench(options: argparse.Namespace) -> int:
     from .bench import command
 
     return command.bench(Console(), options)
+
+
+def tune(options: argparse.Namespace) -> int:
+    from .backends import BACKENDS
+
+    console = Console()
+    if reason := BACKENDS["triton"].unavailable():
+        console.line(f"fastattn tune: nothing to tune: triton: {reason}", BAD)
+        return 1
+    from .backends.triton import tune
+
+    return tune.tune(console, options.op)
 
 
 if __name__ == "__main__":

@@ -116,6 +116,7 @@ def backends() -> Backends:
 
         >>> fastattn.backends()
         cpu: available (avx2)
+        triton: unavailable, needs a CUDA or HIP device (torch sees none)
         reference: available (naive PyTorch)
     """
     return Backends()

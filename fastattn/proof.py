@@ -80,8 +80,10 @@ def served_by(case: Case, backend: str | None, inputs: Inputs) -> tuple[str, lis
 
 
 def prove(case: Case, backend: str | None = None, backward: bool = True) -> Verdict:
-    """The whole case, or a sample of its heads where the oracle would need gigabytes."""
-    inputs = case.make_inputs(requires_grad=backward)
+    """The whole case, or a sample of its heads where the oracle would need gigabytes; where the
+    backend is at home."""
+    device = "cpu" if backend is None else BACKENDS[backend].device
+    inputs = case.make_inputs(device=device, requires_grad=backward)
     name, refusals = served_by(case, backend, inputs)
     verdict = {"case": str(case), "op": case.op, "backend": name}
     if refusals:
@@ -161,7 +163,7 @@ def _check_some_heads(
         generator = torch.Generator().manual_seed(1)
         rows = (s["B"], s["H"], s["M"])
         cotangents = tuple(
-            torch.randn(shape, generator=generator).to(case.dtype)
+            torch.randn(shape, generator=generator).to(inputs["q"].device, case.dtype)
             for shape in ((*rows, s["E"]), rows)
         )
 

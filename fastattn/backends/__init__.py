@@ -3,11 +3,13 @@
 from .base import Backend
 from .cpu import CpuBackend
 from .reference import ReferenceBackend
+from .triton import TritonBackend
 
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
         CpuBackend(),
+        TritonBackend(),
         ReferenceBackend(),
     )
 }

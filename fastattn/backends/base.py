@@ -90,6 +90,11 @@ class Backend:
 
     name: str
 
+    @property
+    def device(self) -> str:
+        """The type of device that it runs on here, for whoever wants to try it."""
+        return "cpu"
+
     def unavailable(self) -> str | None:
         """One line why this backend cannot run here at all, or None."""
         return None

@@ -1,0 +1,163 @@
+"""Which tiles, warps and stages: pure functions of shape, dtype and architecture, so that the first
+call tunes nothing.
+
+The numbers come from the generated code (`tests/triton`, the table of kernels): the largest tiles
+that do not spill registers, and fit the shared memory of the architecture, for each size of head.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .kernel import next_power_of_two
+
+MAX_HEAD_DIM = 512
+CACHE = 16 * 2**20  # bytes of keys and values that programs at work together should read
+SPECIALIZED_WORK = 256  # queries and keys from which specialised warps are worth a second kernel
+
+
+class Config(NamedTuple):
+    block_m: int  # queries of a tile
+    block_n: int  # keys
+    num_warps: int
+    num_stages: int
+    tma: bool = False  # tiles come by tensor descriptors, where the tensors allow it
+    specialize: bool = False  # warps that fetch and warps that multiply, where the call allows it
+
+
+class BackwardConfig(NamedTuple):
+    rows: Config
+    dq: Config
+    dkdv: Config
+    dbias: Config
+
+
+# By architecture and bytes of a row in registers (a float32 head of 64 is as large as one of 128 in
+# bfloat16): forward, dq, dkdv.
+Sweeps = tuple[Config, Config, Config]
+_TABLE: dict[str, dict[int, Sweeps]] = {
+    "sm_80": {  # and whatever is not below: 99 KiB of shared memory are enough
+        128: (Config(128, 64, 4, 3), Config(128, 64, 8, 2), Config(64, 128, 8, 2)),
+        256: (Config(128, 64, 8, 3), Config(64, 64, 4, 2), Config(32, 64, 8, 2)),
+        512: (Config(64, 32, 8, 2), Config(32, 32, 4, 1), Config(32, 32, 8, 1)),
+        1024: (Config(32, 16, 8, 1), Config(16, 16, 4, 1), Config(16, 16, 4, 1)),
+        2048: (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
+    },
+    "sm_90": {
+        128: (
+            Config(128, 128, 8, 2, tma=True),
+            Config(128, 64, 8, 2, tma=True),
+            Config(64, 128, 8, 2, tma=True),
+        ),
+        256: (
+            Config(128, 64, 8, 3, tma=True),
+            Config(128, 64, 8, 2, tma=True),
+            Config(32, 128, 8, 3, tma=True),
+        ),
+    },
+    "sm_100": {
+        128: (
+            Config(128, 128, 8, 2, tma=True),
+            Config(128, 64, 8, 2, tma=True),
+            Config(64, 128, 8, 2, tma=True),
+        ),
+        256: (
+            Config(128, 128, 8, 2, tma=True),
+            Config(128, 64, 8, 2, tma=True),
+            Config(64, 128, 8, 2, tma=True),
+        ),
+    },
+    "sm_120": {
+        128: (
+            Config(128, 64, 8, 2, tma=True),
+            Config(64, 64, 4, 2, tma=True),
+            Config(64, 64, 8, 2, tma=True),
+        ),
+        256: (
+            Config(128, 64, 8, 2, tma=True),
+            Config(64, 64, 8, 2, tma=True),
+            Config(64, 64, 8, 2, tma=True),
+        ),
+    },
+    "gfx": {  # 64 KiB of shared memory, twice the registers
+        128: (Config(128, 64, 4, 1), Config(128, 64, 4, 1), Config(64, 64, 4, 1)),
+        256: (Config(128, 64, 4, 1), Config(64, 64, 4, 1), Config(64, 64, 4, 1)),
+        512: (Config(64, 32, 8, 1), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
+        1024: (Config(32, 16, 8, 1), Config(16, 16, 4, 1), Config(16, 16, 4, 1)),
+        2048: (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
+    },
+    "cpu": {128: (Config(32, 32, 4, 1),) * 3},  # the interpreter: tiles enough to test their walks
+}
+_SPECIALIZED = {
+    "sm_90": Config(128, 128, 4, 2, True, True),
+    "sm_100": Config(128, 128, 8, 2, True, True),
+}
+
+
+def _sweeps(arch: str, dtype: torch.dtype, head_dim: int, v_dim: int) -> Sweeps:
+    bytes_a_row = max(columns(head_dim), columns(v_dim)) * dtype.itemsize
+    family = "gfx" if arch.startswith("gfx") else arch
+    table = _TABLE.get(family, _TABLE["sm_80"])
+    if family == "cpu":
+        return table[128]
+    size = max(128, next_power_of_two(bytes_a_row))
+    return table.get(size) or _TABLE["sm_80"][size]
+
+
+def columns(head_dim: int) -> int:
+    """A head dim in registers: a power of two, and at least what tl.dot takes."""
+    return max(16, next_power_of_two(head_dim))
+
+
+def forward_config(
+    arch: str, dtype: torch.dtype, head_dim: int, v_dim: int, rows: int, k_len: int
+) -> Config:
+    """``rows``: what there is for a tile to take."""
+    large = min(rows, k_len) >= SPECIALIZED_WORK
+    if large and arch in _SPECIALIZED and max(head_dim, v_dim) <= 128:
+        return _SPECIALIZED[arch]
+    config = _sweeps(arch, dtype, head_dim, v_dim)[0]
+    fit = max(16, next_power_of_two(rows))
+    if fit < config.block_m:  # decode: short tiles
+        warps = config.num_warps if fit > 32 else min(config.num_warps, 4)
+        config = config._replace(block_m=fit, num_warps=warps)
+    return config if large else config._replace(tma=False)
+
+
+def backward_config(
+    arch: str, dtype: torch.dtype, head_dim: int, v_dim: int, q_len: int, k_len: int
+) -> BackwardConfig:
+    _, dq, dkdv = _sweeps(arch, dtype, head_dim, v_dim)
+    if min(q_len, k_len) < SPECIALIZED_WORK:  # descriptors take the host longer than they save
+        dq, dkdv = dq._replace(tma=False), dkdv._replace(tma=False)
+    small = min(dq.block_m, 64)
+    rows = Config(small, min(dq.block_n, 64), 4, 1)
+    return BackwardConfig(rows, dq, dkdv, Config(small, min(dq.block_n, 32), 4, 1))
+
+
+def attention_problem(dtype: torch.dtype, head_dim: int, v_dim: int, rows: int) -> str:
+    """Under what a tuned configuration is kept: few rows, as in decoding, are another problem."""
+    name = str(dtype).removeprefix("torch.")
+    return f"{name}, head dims {columns(head_dim)} {columns(v_dim)}, {min(rows, 128)} rows or more"
+
+
+def heads_together(kv_bytes: int, sharing: int, even: bool) -> int:
+    """How many query heads are at work at the same time, ``sharing`` of which read the same keys.
+
+    Where all tiles have the same work (``even``) one head after the other serves the cache best;
+    else tiles of several heads, longest first, keep the device busy to the end.
+    """
+    if even:
+        return 1
+    return max(1, CACHE // max(kv_bytes, 1)) * sharing
+
+
+def key_splits(programs: int, k_len: int, block_n: int, processors: int) -> tuple[int, int]:
+    """(splits, keys of each): programs for the whole device, each with keys worth its start."""
+    most = max(1, k_len // max(4 * block_n, 128))
+    splits = min(max(1, 2 * processors // max(programs, 1)), most, 128)
+    blocks = -(-k_len // block_n)
+    chunk = -(-blocks // splits) * block_n if blocks else block_n
+    return max(1, -(-k_len // chunk)), chunk

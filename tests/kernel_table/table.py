@@ -1,0 +1,234 @@
+"""The generated code of every Triton kernel, made without a GPU and held to a committed table.
+
+    python tests/kernel_table/table.py            compile, compare with table.txt
+    python tests/kernel_table/table.py --update   compile, write table.txt
+    python tests/kernel_table/table.py PATTERN    compile what matches, print; with --update, write it
+
+A line is one kernel on one architecture: registers a thread, bytes spilled, bytes of shared memory,
+blocks that fit on a multiprocessor, tensor-core instructions, and 16-byte loads and stores. Figures
+hold for the triton that the table names; another one is held to compile, not to spill and not to
+lose instructions.
+
+A process of its own: the interpreter, once used, leaves a triton that does not compile.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import attention_variants
+import row_variants
+
+from fastattn.backends.triton.kernel import KernelVariant
+
+TABLE = Path(__file__).parent / "table.txt"
+GROWTH = 1.05  # of registers, before it is a failure
+
+
+class Machine(NamedTuple):
+    """What a multiprocessor has."""
+
+    target: GPUTarget
+    registers: int
+    threads: int
+    blocks: int
+    shared: int  # bytes
+
+
+MACHINES = {
+    "sm_80": Machine(GPUTarget("cuda", 80, 32), 65536, 2048, 32, 164 << 10),
+    "sm_90": Machine(GPUTarget("cuda", 90, 32), 65536, 2048, 32, 228 << 10),
+    "sm_100": Machine(GPUTarget("cuda", 100, 32), 65536, 2048, 32, 228 << 10),
+    "sm_120": Machine(GPUTarget("cuda", 120, 32), 65536, 1536, 24, 100 << 10),
+    "gfx942": Machine(GPUTarget("hip", "gfx942", 64), 4 * 64 * 512, 2048, 16, 64 << 10),
+}
+
+
+class Line(NamedTuple):
+    kernel: str
+    arch: str
+    registers: int
+    spilled: int
+    shared: int
+    blocks: int
+    mma: int
+    wgmma: int
+    tcgen05: int
+    mfma: int
+    loads: int  # of 16 bytes
+    stores: int
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.kernel, self.arch
+
+
+# What an instruction looks like in PTX or in AMD's assembly.
+TENSOR_CORES = {
+    "mma": r"\bmma\.sync",
+    "wgmma": r"\bwgmma\.mma_async",
+    "tcgen05": r"\btcgen05\.mma",
+    "mfma": r"\bv_mfma",
+}
+WIDE_LOAD = r"\bld\.global\S*\.v(?:4\.b32|2\.b64|4\.f32)|\b(?:global|buffer)_load_dwordx4"
+WIDE_STORE = r"\bst\.global\S*\.v(?:4\.b32|2\.b64|4\.f32)|\b(?:global|buffer)_store_dwordx4"
+
+
+def variants(arch: str) -> Iterator[KernelVariant]:
+    yield from row_variants.variants(arch)
+    yield from attention_variants.variants(arch)
+
+
+def compiled(variant: KernelVariant, arch: str) -> Line:
+    machine = MACHINES[arch]
+    kernel = triton.compile(
+        ASTSource(variant.function, variant.signature, variant.constants, variant.attributes),
+        target=machine.target,
+        options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
+    )
+    hip = machine.target.backend == "hip"
+    assembly = kernel.asm["amdgcn" if hip else "ptx"]
+    if hip:
+        registers, spilled = (
+            int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1])  # type: ignore[index]
+            for name in ("vgpr_count", "vgpr_spill_count")
+        )
+    else:
+        registers, spilled = resource_usage(kernel.asm["cubin"])
+    shared = kernel.metadata.shared
+    threads = kernel.metadata.num_warps * machine.target.warp_size  # warp specialisation adds some
+    return Line(
+        variant.name,
+        arch,
+        registers,
+        spilled,
+        shared,
+        blocks_that_fit(machine, registers, threads, shared),
+        *(len(re.findall(pattern, assembly)) for pattern in TENSOR_CORES.values()),
+        len(re.findall(WIDE_LOAD, assembly)),
+        len(re.findall(WIDE_STORE, assembly)),
+    )
+
+
+def resource_usage(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of stack, which these kernels have for spills alone)."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text)
+    assert found, text
+    return int(found[1]), int(found[2]) + int(found[3])
+
+
+def blocks_that_fit(machine: Machine, registers: int, threads: int, shared: int) -> int:
+    """Registers are given out in eights a thread; CUDA keeps a kilobyte of shared memory a block."""
+    held = -(-max(registers, 1) // 8) * 8 * threads
+    reserved = shared + (1024 if machine.target.backend == "cuda" else 0)
+    fits = (machine.registers // held, machine.threads // threads, machine.blocks)
+    return min(*fits, machine.shared // max(reserved, 1))
+
+
+# ---------------------------------------------------------------------------------- the table
+
+
+def text_of(lines: Iterable[Line], version: str) -> str:
+    rows = [Line._fields, *([str(x) for x in line] for line in lines)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(Line._fields))]
+    body = (
+        "  ".join(x.ljust(n) for x, n in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+    return f"triton {version}\n" + "\n".join(body) + "\n"
+
+
+def read(path: Path = TABLE) -> tuple[str, dict[tuple[str, str], Line]]:
+    """(the triton of the table, its lines)."""
+    first, _, *rows = path.read_text().splitlines()
+    lines = (Line(*row.split()[:2], *map(int, row.split()[2:])) for row in rows)
+    return first.split()[1], {line.key: line for line in lines}
+
+
+def problems(variant: KernelVariant, line: Line, before: Line | None) -> Iterator[str]:
+    """What is wrong with a line; ``before`` is the table's, of the same triton."""
+    if variant.main and line.spilled:
+        yield f"spills {line.spilled} bytes, in a main configuration"
+    for name in variant.instructions:
+        if not getattr(line, name):
+            yield f"has no {name} instruction"
+    if before is None:
+        return
+    if line.registers > before.registers * GROWTH:
+        yield f"takes {line.registers} registers, {before.registers} before"
+    if line.spilled > before.spilled:
+        yield f"spills {line.spilled} bytes, {before.spilled} before"
+    if line.blocks < before.blocks:
+        yield f"fits {line.blocks} times on a multiprocessor, {before.blocks} before"
+    for name in (*TENSOR_CORES, "loads", "stores"):
+        if getattr(before, name) and not getattr(line, name):
+            what = f"16-byte {name}" if name in ("loads", "stores") else f"{name} instructions"
+            yield f"has lost its {what}, {getattr(before, name)} before"
+
+
+def main(arguments: list[str]) -> int:
+    update = "--update" in arguments
+    pattern = next((x for x in arguments if not x.startswith("-")), None)
+    version, table = read() if TABLE.exists() else ("", {})
+    same = version == triton.__version__
+    kept = table if update and same and pattern else {}
+    if update:
+        same = False
+    lines, found = [], []
+    for arch in MACHINES:
+        for variant in variants(arch):
+            if pattern and not fnmatch.fnmatch(f"{variant.name}/{arch}", f"*{pattern}*"):
+                continue
+            try:
+                line = compiled(variant, arch)
+            except Exception as error:  # of any kind and depth: the compiler's own
+                last = (str(error).strip() or repr(error)).splitlines()[-1]
+                found.append(f"{variant.name} on {arch}: does not compile: {last}")
+                continue
+            lines.append(line)
+            kept.pop(line.key, None)
+            before = table.pop(line.key, None) if same else None
+            if same and before is None:
+                found.append(f"{variant.name} on {arch}: is not in the table")
+            found += [f"{variant.name} on {arch}: {x}" for x in problems(variant, line, before)]
+    order = list(MACHINES)
+    lines = sorted([*lines, *kept.values()], key=lambda x: (x.kernel, order.index(x.arch)))
+    if pattern and not update:
+        print(text_of(lines, triton.__version__), end="")
+        print(*found, sep="\n")
+        return 0
+    if same:
+        found += [f"{kernel} on {arch}: is no longer there" for kernel, arch in table]
+    if update:
+        TABLE.write_text(text_of(lines, triton.__version__))
+        print(f"wrote {TABLE}: {len(lines)} lines")
+    else:
+        against = "as in the table" if same else f"the table is of triton {version}, not compared"
+        print(f"triton {triton.__version__}: {len(lines)} kernels compiled; {against}")
+    for problem in found:
+        print(problem)
+    if found and not update:
+        print("wanted? python tests/kernel_table/table.py --update")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
