@@ -117,7 +117,7 @@ def test_a_nan_stays_where_it_is_seen(name, way):
     out, lse, dq, _, dv = attention(**dirty, causal=True)
     assert torch.equal(out[0, 0].isnan().any(-1), touched)
     for got, same in ((out, clean[0]), (lse, clean[1]), (dq, clean[2])):
-        torch.testing.assert_close(got[:, :, ~touched], same[:, :, ~touched])
+        torch.testing.assert_close(got[:, :, ~touched], same[:, :, ~touched], rtol=0.02, atol=5e-3)
     assert not dv[:, :, at + 1 :].isnan().any() or name != "q"
 
 
@@ -199,7 +199,10 @@ def test_repeats_to_the_bit():
 
 def test_special_warps_serve_plain_calls_alone():
     arguments = ("sm_90", torch.bfloat16, 128, 128)
-    assert attention_config.forward_config(*arguments, 4096, 4096).specialize
-    assert not attention_config.forward_config(*arguments, 1, 4096).specialize
-    assert not attention_config.forward_config("sm_120", *arguments[1:], 4096, 4096).specialize
+    assert attention_config.forward_config(*arguments, 4096, 4096, True).specialize
+    assert not attention_config.forward_config(*arguments, 4096, 4096, False).specialize
+    assert not attention_config.forward_config(*arguments, 1, 4096, True).specialize
+    assert not attention_config.forward_config(
+        "sm_120", *arguments[1:], 4096, 4096, True
+    ).specialize
     assert attention_specialized.SCANNED_ROWS % attention_forward.CAREFUL_ROWS.value == 0
