@@ -79,9 +79,9 @@ class TritonBackend(Backend):
             reasons.append(f"serves float32, bfloat16 and float16 (got {request.dtype})")
         return reasons
 
-    def attention_forward(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+    def attention_forward(self, call: AttentionCall) -> tuple[Tensor, Tensor, None]:
         with _on_device_of(call.q):
-            return _module("attention_forward").attention_forward(call)
+            return *_module("attention_forward").attention_forward(call), None
 
     def attention_backward(
         self,
@@ -90,6 +90,7 @@ class TritonBackend(Backend):
         dlse: Tensor | None,
         out: Tensor,
         lse: Tensor,
+        lse_low: Tensor | None,
         needs: Needs,
     ) -> tuple[Tensor | None, ...]:
         with _on_device_of(call.q):
