@@ -3,6 +3,7 @@
 import email.parser
 import os
 import platform
+import runpy
 import shutil
 import statistics
 import subprocess
@@ -21,6 +22,11 @@ LEFT_OUT = (".*", "build", "dist", "*.egg-info", "__pycache__", "*.so", "*.pyd",
 
 pytestmark = pytest.mark.skipif(
     not Path(ROOT, "setup.py").exists(), reason="needs the sources beside the tests"
+)
+
+needs_compiler = pytest.mark.skipif(
+    sys.platform != "win32" and not shutil.which(os.environ.get("CXX", "c++")),
+    reason="needs a C++ compiler",
 )
 
 USE_EVERYTHING = """
@@ -113,10 +119,7 @@ def test_sdist_has_every_source(sdist):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    sys.platform != "win32" and not shutil.which(os.environ.get("CXX", "c++")),
-    reason="needs a C++ compiler",
-)
+@needs_compiler
 def test_a_wheel_from_the_sdist_brings_the_kernels(sources, tmp_path):
     wheel = build("build_wheel", sources, tmp_path / "out", FASTATTN_BUILD_ISAS=PLAINEST)
     package = unpack(wheel, tmp_path / "package")
@@ -136,6 +139,73 @@ def test_without_a_compiler_everything_works_and_says_so(without_compiler, tmp_p
     assert "reference serves this call\ncpu: no C++ compiler at install" in said
     info = run_python("from fastattn import cli; cli.main(['info'])", tmp_path, **environment)
     assert "no C++ compiler at install" in info
+
+
+@pytest.fixture
+def small_sources(sources):
+    """The same tree, with next to nothing in its C++: how it is built, in a second."""
+    for path in sources.glob("csrc/cpu/*.cpp"):
+        path.write_text('#include "kernels.h"\n')
+    return sources
+
+
+def build_in_place(sources, first=""):
+    """`setup.py build_ext --inplace`, after the statement `first`; the instruction sets built."""
+    code = f"""
+import runpy, sys
+sys.modules["torch"] = None
+sys.argv = ["setup.py", "build_ext", "--inplace"]
+{first}
+runpy.run_path("setup.py", run_name="__main__")
+"""
+    run_python(code, sources, FASTATTN_BUILD_ISAS="")
+    return runpy.run_path(str(sources / "fastattn/_build_info.py"))["CPU_ISAS"]
+
+
+def objects(sources):
+    """When each object was compiled, by its folder (an instruction set, or any) and its name."""
+    found = [path for path in sources.glob("build/**/*") if path.suffix in (".o", ".obj")]
+    return {(path.parents[2].name, path.stem): path.stat().st_mtime_ns for path in found}
+
+
+@needs_compiler
+def test_what_has_not_changed_is_not_compiled_again(small_sources):
+    built = build_in_place(small_sources)
+    assert PLAINEST in built
+    before = objects(small_sources)
+    assert {isa for isa, _ in before} == {"any", *built}
+
+    assert build_in_place(small_sources) == built
+    assert objects(small_sources) == before
+
+    with open(small_sources / "csrc/cpu/softmax.cpp", "a") as file:
+        file.write("// changed\n")
+    build_in_place(small_sources)
+    after = objects(small_sources)
+    assert {key for key in before if after[key] > before[key]} == {
+        (isa, "softmax") for isa in built
+    }
+
+    with open(small_sources / "csrc/common/params.h", "a") as file:
+        file.write("// which all include\n")
+    build_in_place(small_sources)
+    assert all(time > after[key] for key, time in objects(small_sources).items())
+
+
+@needs_compiler
+@pytest.mark.skipif(PLAINEST == "neon", reason="there is one instruction set")
+def test_an_instruction_set_that_cannot_be_compiled_leaves_the_others(small_sources):
+    all_of_them = build_in_place(small_sources)
+    source = small_sources / "csrc/cpu/softmax.cpp"
+    source.write_text('#include "kernels.h"\n#ifdef __AVX2__\n#error too old\n#endif\n')
+    assert "avx2" in all_of_them
+    assert build_in_place(small_sources) == ["baseline"]  # and no object of the build before
+
+
+@needs_compiler
+def test_without_ninja_all_is_compiled_too(small_sources):
+    hide = "import shutil; shutil.which = lambda *args, **options: None"
+    assert build_in_place(small_sources, first=hide) == build_in_place(small_sources)
 
 
 def test_an_instruction_set_that_was_not_built_is_an_error(without_compiler, tmp_path):
