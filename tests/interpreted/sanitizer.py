@@ -90,14 +90,14 @@ def sanitized() -> Iterator[None]:
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
     run = GridExecutor.__call__
 
-    def checked_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
+    def checked_load(self: Any, ptrs: Any, mask: Any, *rest: Any, **named: Any) -> Any:
         size = _get_np_dtype(ptrs.get_element_ty()).itemsize
         launch[-1].check("load", self.grid_idx, ptrs, mask, size)
-        return load(self, ptrs, mask, *rest)
+        return load(self, ptrs, mask, *rest, **named)
 
-    def checked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+    def checked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any, **named: Any) -> Any:
         launch[-1].check("store", self.grid_idx, ptrs, mask, value.data.itemsize)
-        return store(self, ptrs, value, mask, *rest)
+        return store(self, ptrs, value, mask, *rest, **named)
 
     def watched(self: Any, *args: Any, **kwargs: Any) -> None:
         arguments = dict(zip(self.arg_names, args, strict=False)) | kwargs

@@ -89,13 +89,12 @@ class BackwardPlan:
         self.dbias: Tensor | None = None
         self.row_sums: Tensor | None = None
         self.key_sums: Tensor | None = None
-        self.sink_sums: Tensor | None = None
         if needs[3] and call.bias is not None:
             self._plan_bias(call.bias)
         tiles = -(-q_len // self.config.rows.block_m)
-        if needs[4]:
-            self.sink_sums = lse.new_zeros((batch, heads, tiles))
-        if rows == 0 or (k_len == 0 and self.sink_sums is None):
+        self.lse, self.needs_sinks = lse, needs[4]
+        self.delta = torch.empty_like(lse)
+        if rows == 0 or (k_len == 0 and not self.needs_sinks):
             return
 
         self.x = Tensors(
@@ -103,7 +102,7 @@ class BackwardPlan:
             View.of(call.k),
             View.of(call.v),
             View.of(dout),
-            Rows(*(torch.empty_like(lse) for _ in range(4))),
+            Rows(self.delta, *(torch.empty_like(lse) for _ in range(3))),
         )
         self._add(
             attention_rows_kernel,
@@ -113,7 +112,6 @@ class BackwardPlan:
             lse=lse.contiguous(),
             dlse=None if dlse is None else View.of(dlse),
             sinks=call.sinks,
-            sink_sums=self.sink_sums,
         )
         if not empty:
             self._plan_sweeps()
@@ -228,8 +226,12 @@ class BackwardPlan:
             if dims:
                 sums = sums.sum(dims, keepdim=True, dtype=torch.float64)
             dbias = sums.to(self.call.bias.dtype)
-        if self.sink_sums is not None and self.call.sinks is not None:
-            dsinks = -self.sink_sums.sum((0, 2), dtype=torch.float64).to(self.call.sinks.dtype)
+        sinks = self.call.sinks
+        if self.needs_sinks and sinks is not None:
+            # The sink's probability is exp(sink - lse); its value is zero, so its dp is too.
+            share = torch.exp(sinks.double()[:, None] - self.lse.double())
+            dlogit = torch.where(share > 0, -share * self.delta, 0.0)  # no lse: share is NaN
+            dsinks = dlogit.sum((0, 2)).to(sinks.dtype)
         return self.dq, self.dk, self.dv, dbias, dsinks
 
 

@@ -58,6 +58,7 @@ def _walk_keys(
         num_stages=1 if CAREFUL else None,
         warp_specialize=static.specialize and not CAREFUL,
     ):
+        start = tl.multiple_of(start, static.block_n)
         j = start + tl.arange(0, static.block_n)[None, :]
         keys = load_keys(x.k, at, start, problem, static, MASKED)  # (N, D)
         values = load_values(x.v, at, start, problem, static, MASKED)  # (N, Dv)

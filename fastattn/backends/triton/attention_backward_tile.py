@@ -85,14 +85,13 @@ def attention_rows_kernel(
     lse,
     dlse,
     sinks,
-    sink_sums,
     sizes,
     mask,
     score,
     dropout,
     static: tl.constexpr,
 ):
-    """A program: Rows of a tile of queries, and its share of the sink's gradient."""
+    """A program: Rows of a tile of queries."""
     problem = Problem(sizes, mask, score, dropout)
     M: tl.constexpr = static.block_m
     number = tl.program_id(1)
@@ -122,12 +121,6 @@ def attention_rows_kernel(
     tl.store(x.rows.reference + row, tl.where(inexact, float("nan"), reference), mask=inside)
     tl.store(x.rows.high + row, high, mask=inside & ~inexact)
     tl.store(x.rows.low + row, low, mask=inside & ~inexact)
-    if sink_sums is not None:
-        # The sink's probability is exp(sink - lse); its value is zero, so its dp is too.
-        sink = tl.load(sinks + head).to(tl.float32)
-        share = tl.exp2((sink - log) * _LOG2E)
-        sums = tl.sum(tl.where(inside & (share > 0), share * delta, 0.0), 0)
-        tl.store(sink_sums + number * tl.num_programs(0) + tl.program_id(0), sums)
     if tl.max(inexact.to(tl.int32), 0) > 0:
         begin, end = any_keys(
             tl.program_id(0) * M,

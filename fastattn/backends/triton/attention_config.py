@@ -15,7 +15,7 @@ from .kernel import next_power_of_two
 
 MAX_HEAD_DIM = 512
 CACHE = 16 * 2**20  # bytes of keys and values that programs at work together should read
-SPECIALIZED_WORK = 256  # queries and keys from which specialised warps are worth a second kernel
+LARGE = 256  # queries and keys from which descriptors and specialised warps are worth their cost
 
 
 class Config(NamedTuple):
@@ -88,7 +88,8 @@ _TABLE: dict[str, dict[int, Sweeps]] = {
         1024: (Config(32, 16, 8, 1), Config(16, 16, 4, 1), Config(16, 16, 4, 1)),
         2048: (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
     },
-    "cpu": {128: (Config(32, 32, 4, 1),) * 3},  # the interpreter: tiles enough to test their walks
+    # The interpreter: few tiles, for each takes its time, but enough to test how they are walked.
+    "cpu": {128: (Config(32, 64, 4, 1), Config(32, 64, 4, 1), Config(64, 32, 4, 1))},
 }
 _SPECIALIZED = {
     "sm_90": Config(128, 128, 4, 2, True, True),
@@ -112,11 +113,17 @@ def columns(head_dim: int) -> int:
 
 
 def forward_config(
-    arch: str, dtype: torch.dtype, head_dim: int, v_dim: int, rows: int, k_len: int
+    arch: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    v_dim: int,
+    rows: int,
+    k_len: int,
+    special: bool,
 ) -> Config:
-    """``rows``: what there is for a tile to take."""
-    large = min(rows, k_len) >= SPECIALIZED_WORK
-    if large and arch in _SPECIALIZED and max(head_dim, v_dim) <= 128:
+    """``rows``: what there is for a tile to take; ``special``: specialised warps can serve it."""
+    large = min(rows, k_len) >= LARGE
+    if large and special and arch in _SPECIALIZED and max(head_dim, v_dim) <= 128:
         return _SPECIALIZED[arch]
     config = _sweeps(arch, dtype, head_dim, v_dim)[0]
     fit = max(16, next_power_of_two(rows))
@@ -130,17 +137,20 @@ def backward_config(
     arch: str, dtype: torch.dtype, head_dim: int, v_dim: int, q_len: int, k_len: int
 ) -> BackwardConfig:
     _, dq, dkdv = _sweeps(arch, dtype, head_dim, v_dim)
-    if min(q_len, k_len) < SPECIALIZED_WORK:  # descriptors take the host longer than they save
+    if min(q_len, k_len) < LARGE:  # descriptors take the host longer than they save
         dq, dkdv = dq._replace(tma=False), dkdv._replace(tma=False)
     small = min(dq.block_m, 64)
     rows = Config(small, min(dq.block_n, 64), 4, 1)
     return BackwardConfig(rows, dq, dkdv, Config(small, min(dq.block_n, 32), 4, 1))
 
 
-def attention_problem(dtype: torch.dtype, head_dim: int, v_dim: int, rows: int) -> str:
+def attention_problem(
+    dtype: torch.dtype, head_dim: int, v_dim: int, rows: int, special: bool = False
+) -> str:
     """Under what a tuned configuration is kept: few rows, as in decoding, are another problem."""
     name = str(dtype).removeprefix("torch.")
-    return f"{name}, head dims {columns(head_dim)} {columns(v_dim)}, {min(rows, 128)} rows or more"
+    name = f"{name}, head dims {columns(head_dim)} {columns(v_dim)}, {min(rows, 128)} rows or more"
+    return f"{name}, plain" if special else name
 
 
 def heads_together(kv_bytes: int, sharing: int, even: bool) -> int:

@@ -123,6 +123,7 @@ def walk_keys(
         num_stages=1 if CAREFUL else None,
         warp_specialize=static.specialize and not CAREFUL,
     ):
+        start = tl.multiple_of(start, static.block_n)
         j = start + tl.arange(0, static.block_n)[None, :]
         keys = load_keys(tensors.k, at, start, problem, static, MASKED)  # (N, D)
         x = tl.dot(queries, tl.trans(keys), input_precision=static.precision)  # (M, N)
@@ -369,16 +370,17 @@ def forward_launches(
     sizes, score = problem.sizes, problem.score
     grouped = q_len <= GROUPED_QUERIES and sizes.group > 1
     rows = q_len * (sizes.group if grouped else 1)
-    if config is None:
-        config = forward_config(arch, call.q.dtype, head_dim, v_dim, rows, problem.sizes.k_len)
-        name = attention_problem(call.q.dtype, head_dim, v_dim, rows)
-        config = tuned("attention_forward", name, call.q.device, config)
-    static = static_of(call, score, config, (call.k, call.v))._replace(grouped=grouped)
-    if config.specialize and not grouped:
-        from . import attention_specialized as specialized
+    from . import attention_specialized as specialized  # which builds on this module
 
-        if specialized.is_specializable(call, static, problem):
-            return specialized.specialized_launches(call, problem, out, lse, config)
+    special = not grouped and specialized.is_specializable(call, problem)
+    if config is None:
+        shape = (head_dim, v_dim, rows)
+        config = forward_config(arch, call.q.dtype, *shape, sizes.k_len, special)
+        name = attention_problem(call.q.dtype, *shape, special)
+        config = tuned("attention_forward", name, call.q.device, config)
+    if config.specialize and special:
+        return specialized.specialized_launches(call, problem, out, lse, config)
+    static = static_of(call, score, config, (call.k, call.v))._replace(grouped=grouped)
     k: Any = View.of(call.k)
     v: Any = View.of(call.v)
     if static.tma:

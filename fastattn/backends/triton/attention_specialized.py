@@ -28,7 +28,7 @@ from .attention_forward import (
     tile_order,
     walk_keys,
 )
-from .attention_tile import Head, Problem, Static, static_of
+from .attention_tile import Head, Problem, is_plain, static_of
 from .kernel import Launch, View, describable
 from .mask import any_keys
 
@@ -114,13 +114,9 @@ def _marked(lse, number, first, q_len, ROWS: tl.constexpr):
 # ------------------------------------------------------------------------------------------- host
 
 
-def is_specializable(call: AttentionCall, static: Static, problem: Problem) -> bool:
+def is_specializable(call: AttentionCall, problem: Problem) -> bool:
     """Whether specialised warps can serve the call."""
-    return (
-        not static.modified
-        and problem.dropout is None
-        and all(map(describable, (call.q, call.k, call.v)))
-    )
+    return is_plain(call, problem) and all(map(describable, (call.q, call.k, call.v)))
 
 
 def specialized_launches(

@@ -99,6 +99,13 @@ def problem_of(call: AttentionCall) -> Problem:
     )
 
 
+def is_plain(call: AttentionCall, problem: Problem) -> bool:
+    """Nothing but a mask and a positive scale, which the exponent takes along; not for float32."""
+    score = problem.score
+    bare = problem.dropout is None and all(x is None for x in score[1:])
+    return bare and score.scale > 0 and call.q.dtype is not torch.float32
+
+
 def static_of(
     call: AttentionCall, score: Score, config: Config, walked: tuple[Tensor, ...] = ()
 ) -> Static:
@@ -243,7 +250,7 @@ def make_logits(x, at, i, j, problem, MODIFIED: tl.constexpr, MASKED: tl.constex
             distance = tl.abs(i + problem.mask.shift - j).to(tl.float32)
             x = x - tl.load(slopes.ptr + row) * distance
         if score.bias is not None:
-            bias = load_bias(score.bias, at, i, j, problem.sizes)
+            bias = load_bias(score.bias, at, i, j, problem.sizes, MASKED)
             # A bias of -inf hides also what is NaN or infinite.
             x = tl.where(bias == -float("inf"), -float("inf"), x + bias)
     if MASKED:
@@ -252,10 +259,13 @@ def make_logits(x, at, i, j, problem, MODIFIED: tl.constexpr, MASKED: tl.constex
 
 
 @triton.jit
-def load_bias(bias, at, i, j, sizes):
-    """float32; of a boolean bias 0 where True, else -inf."""
+def load_bias(bias, at, i, j, sizes, MASKED: tl.constexpr):
+    """float32; of a boolean bias 0 where True, else -inf. The mask of an inner tile is the same all
+    along its keys, so that they can be loaded several at a time."""
     row = at.batch.to(tl.int64) * bias.b + at.head.to(tl.int64) * bias.h + i.to(tl.int64) * bias.s
-    inside = (i < sizes.q_len) & (j < sizes.k_len)
+    inside = i < sizes.q_len
+    if MASKED:
+        inside = inside & (j < sizes.k_len)
     value = tl.load(bias.ptr + row + j.to(tl.int64) * bias.d, mask=inside, other=0)
     if bias.ptr.dtype.element_ty == tl.int1:
         return tl.where(value, 0.0, -float("inf"))

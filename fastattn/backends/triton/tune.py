@@ -136,10 +136,11 @@ def attention_problems(q: Tensor) -> Iterator[Problem]:
     call = AttentionCall(q, q, q, None, None, None, None, scale, 0.0, -1, 0, 0, 0.0)
     out = empty_output(q, head_dim)
     lse = q.new_zeros(q.shape[:3], dtype=torch.float32)
+    special = q.dtype is not torch.float32
     yield Problem(
         "attention_forward",
-        attention_problem(q.dtype, head_dim, head_dim, length),
-        forward_config(arch, q.dtype, head_dim, head_dim, length, length),
+        attention_problem(q.dtype, head_dim, head_dim, length, special),
+        forward_config(arch, q.dtype, head_dim, head_dim, length, length, special),
         [lambda best: attention_alternatives(best, specialize=True)],
         lambda config: attention_forward.forward_launches(call, out, lse, arch, config),
     )
