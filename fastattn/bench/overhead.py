@@ -42,7 +42,7 @@ def _calls() -> dict[str, Callable[[], Any]]:
     return {
         "attention": lambda: library.attention_forward.run(*attention),
         "attention backward": lambda: library.attention_backward.run(
-            q, None, q, lse, needs, *attention
+            q, None, q, lse, lse, needs, *attention
         ),
         "layer_norm": lambda: library.layer_norm_forward.run(x, None, *norm),
         "layer_norm backward": lambda: library.layer_norm_backward.run(
