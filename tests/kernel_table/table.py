@@ -2,7 +2,7 @@
 
     python tests/kernel_table/table.py            compile, compare with table.txt
     python tests/kernel_table/table.py --update   compile, write table.txt
-    python tests/kernel_table/table.py PATTERN    compile what matches, print
+    python tests/kernel_table/table.py PATTERN    compile what matches, print; with --update, write it
 
 A line is one kernel on one architecture: registers a thread, bytes spilled, bytes of shared memory,
 blocks that fit on a multiprocessor, tensor-core instructions, and 16-byte loads and stores. Figures
@@ -187,8 +187,11 @@ def problems(variant: KernelVariant, line: Line, before: Line | None) -> Iterato
 def main(arguments: list[str]) -> int:
     update = "--update" in arguments
     pattern = next((x for x in arguments if not x.startswith("-")), None)
-    version, table = read() if TABLE.exists() and not update else ("", {})
+    version, table = read() if TABLE.exists() else ("", {})
     same = version == triton.__version__
+    kept = table if update and same and pattern else {}
+    if update:
+        same = False
     lines, found = [], []
     for arch in MACHINES:
         for variant in variants(arch):
@@ -201,12 +204,14 @@ def main(arguments: list[str]) -> int:
                 found.append(f"{variant.name} on {arch}: does not compile: {last}")
                 continue
             lines.append(line)
+            kept.pop(line.key, None)
             before = table.pop(line.key, None) if same else None
             if same and before is None:
                 found.append(f"{variant.name} on {arch}: is not in the table")
             found += [f"{variant.name} on {arch}: {x}" for x in problems(variant, line, before)]
-    lines.sort(key=lambda line: line.kernel)  # stable: architectures stay in their order
-    if pattern:
+    order = list(MACHINES)
+    lines = sorted([*lines, *kept.values()], key=lambda x: (x.kernel, order.index(x.arch)))
+    if pattern and not update:
         print(text_of(lines, triton.__version__), end="")
         print(*found, sep="\n")
         return 0

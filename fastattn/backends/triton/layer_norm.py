@@ -46,29 +46,30 @@ def row_dropout(x, dropout, row, first, W: tl.constexpr):
 
 
 @triton.jit
-def load_source(x, residual, new_residual, dropout, row, begin, column, inside, W: tl.constexpr):
-    """(R, W) float32 of the columns from ``begin`` on: what is normalised, 0 outside.
-
-    A sum is rounded as it is stored: that is what the backward will see. ``x`` and the residuals
-    are the addresses (R, 1) of the rows.
-    """
-    h = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
+def load_source(
+    x, residual, new_residual, dropout, row, begin, column, inside, sizes, width, W: tl.constexpr
+):
+    """(R, W) float32 of the columns from ``begin`` on: what is normalised, 0 outside. A sum is
+    rounded as it is stored: that is what the backward will see."""
+    at_x = row_address(x, row, sizes)[:, None] + column
+    h = tl.load(at_x, mask=inside, other=0.0).to(tl.float32)
     if residual is not None:
         if dropout is not None:
             h = row_dropout(h, dropout, row, begin, W)
-        h += tl.load(residual + column, mask=inside, other=0.0).to(tl.float32)
+        at_residual = row_address(residual, row, sizes)[:, None] + column
+        h += tl.load(at_residual, mask=inside, other=0.0).to(tl.float32)
         stored = h.to(new_residual.dtype.element_ty)
-        tl.store(new_residual + column, stored, mask=inside)
+        tl.store(new_residual + row[:, None] * width + column, stored, mask=inside)
         h = tl.where(inside, stored.to(tl.float32), 0.0)
     return h
 
 
 @triton.jit
-def first_of(x, residual, new_residual, dropout, row, exists, width):
+def first_of(x, residual, new_residual, dropout, row, exists, sizes, width):
     """The first number (R,) of what is normalised."""
     column = tl.arange(0, 16)[None, :]
     inside = exists[:, None] & (column < width)
-    h = load_source(x, residual, new_residual, dropout, row, 0, column, inside, 16)
+    h = load_source(x, residual, new_residual, dropout, row, 0, column, inside, sizes, width, 16)
     return tl.sum(tl.where(column == 0, h, 0.0), axis=1)
 
 
@@ -96,13 +97,7 @@ def layer_norm_forward_kernel(
     column = tl.arange(0, W)[None, :]  # (1, W)
     exists = row < sizes.rows
     inside = exists[:, None] & (column < width)
-    at_x = row_address(x, row, sizes)[:, None]
-    at_residual = None
-    at_new = None
-    if residual is not None:
-        at_residual = row_address(residual, row, sizes)[:, None]
-        at_new = new_residual + row[:, None] * width
-    h = load_source(at_x, at_residual, at_new, dropout, row, 0, column, inside, W)
+    h = load_source(x, residual, new_residual, dropout, row, 0, column, inside, sizes, width, W)
     if mean is None:
         centre = tl.zeros((R,), tl.float32)
         variance = tl.sum(h * h, axis=1) / width
@@ -128,16 +123,10 @@ def layer_norm_forward_looped_kernel(
     """Rows in blocks, each read twice: for the moments, then for the result."""
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     exists = row < sizes.rows
-    at_x = row_address(x, row, sizes)[:, None]
-    at_residual = None
-    at_new = None
-    if residual is not None:
-        at_residual = row_address(residual, row, sizes)[:, None]
-        at_new = new_residual + row[:, None] * width
 
     first = tl.zeros((R,), tl.float32)
     if mean is not None:
-        first = first_of(at_x, at_residual, at_new, dropout, row, exists, width)
+        first = first_of(x, residual, new_residual, dropout, row, exists, sizes, width)
 
     # Moments of the blocks, joined one by one (Chan et al., 1979).
     centre = tl.zeros((R,), tl.float32)
@@ -145,7 +134,9 @@ def layer_norm_forward_looped_kernel(
     for begin in range(0, width, W):
         column = begin + tl.arange(0, W)[None, :]
         inside = exists[:, None] & (column < width)
-        h = load_source(at_x, at_residual, at_new, dropout, row, begin, column, inside, W)
+        h = load_source(
+            x, residual, new_residual, dropout, row, begin, column, inside, sizes, width, W
+        )
         if mean is None:
             squares += tl.sum(h * h, axis=1)
         else:
@@ -162,10 +153,10 @@ def layer_norm_forward_looped_kernel(
     scale = 1.0 / tl.sqrt_rn(squares / width + eps)
     tl.store(rstd + row, scale, mask=exists)
 
-    source = at_x
+    source = row_address(x, row, sizes)[:, None]
     if residual is not None:
         tl.debug_barrier()  # other threads may have written what this one reads
-        source = at_new
+        source = new_residual + row[:, None] * width
     for begin in range(0, width, W):
         column = begin + tl.arange(0, W)[None, :]
         inside = exists[:, None] & (column < width)
@@ -198,7 +189,7 @@ def forward_launch(
         config = tuned("layer_norm_forward", problem, x.device, config)
     kernel = layer_norm_forward_looped_kernel if config.looped else layer_norm_forward_kernel
     given = {
-        "x": Rows.of(x, strides[0], sizes), "residual": Rows.of(residual, strides[1], sizes),
+        "x": Rows.of(x, strides[0]), "residual": Rows.of(residual, strides[1]),
         "new_residual": new_residual, "dropout": Dropout.of(call.dropout_p, call.seed),
         "weight": _flat(call.weight), "bias": _flat(call.bias),
         "y": y, "mean": mean, "rstd": rstd,
@@ -234,18 +225,20 @@ def through_norm(g, x_hat, mean_g, mean_gx, rstd):
 
 @triton.jit
 def store_gradients(
-    dh, dnew_residual, dresidual, dx, dropout, row, begin, column, inside, W: tl.constexpr
-):
-    """dresidual = dh + dnew_residual and dx = dropout of it, whichever are asked for; the residuals
-    and dx are the addresses (R, 1) of the rows."""
+    dh, dnew_residual, dresidual, dx, dropout, row, begin, column, inside, sizes, width,
+    W: tl.constexpr,
+):  # fmt: skip
+    """dresidual = dh + dnew_residual and dx = dropout of it, whichever are asked for."""
+    at = row[:, None] * width + column
     if dnew_residual is not None:
-        dh += tl.load(dnew_residual + column, mask=inside, other=0.0).to(tl.float32)
+        at_new = row_address(dnew_residual, row, sizes)[:, None] + column
+        dh += tl.load(at_new, mask=inside, other=0.0).to(tl.float32)
     if dresidual is not None:
-        tl.store(dresidual + column, dh.to(dresidual.dtype.element_ty), mask=inside)
+        tl.store(dresidual + at, dh.to(dresidual.dtype.element_ty), mask=inside)
     if dx is not None:
         if dropout is not None:
             dh = row_dropout(dh, dropout, row, begin, W)
-        tl.store(dx + column, dh.to(dx.dtype.element_ty), mask=inside)
+        tl.store(dx + at, dh.to(dx.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -257,22 +250,6 @@ def load_x_hat(x, row, exists, column, inside, mean, rstd, sizes):
     if mean is not None:
         d -= tl.load(mean + row, mask=exists, other=0.0)[:, None]
     return tl.where(inside, d * scale[:, None], 0.0), scale
-
-
-@triton.jit
-def rows_of_or_none(x, row, width):
-    """The addresses (R, 1) of rows of a contiguous tensor, which may be None."""
-    if x is not None:
-        x = x + row[:, None] * width
-    return x
-
-
-@triton.jit
-def address_or_none(x, row, sizes):
-    address = None
-    if x is not None:
-        address = row_address(x, row, sizes)[:, None]
-    return address
 
 
 @triton.jit
@@ -309,14 +286,16 @@ def layer_norm_backward_kernel(
                 mean_g = tl.sum(g, axis=1) / width
             store_gradients(
                 through_norm(g, x_hat, mean_g, mean_gx, scale),
-                address_or_none(dnew_residual, row, sizes),
-                rows_of_or_none(dresidual, row, width),
-                rows_of_or_none(dx, row, width),
+                dnew_residual,
+                dresidual,
+                dx,
                 dropout,
                 row,
                 0,
                 column,
                 inside,
+                sizes,
+                width,
                 W,
             )
     at = tl.program_id(0).to(tl.int64) * width + tl.arange(0, W)
@@ -356,14 +335,16 @@ def layer_norm_backward_looped_kernel(
             g *= tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
         store_gradients(
             through_norm(g, x_hat, mean_g, mean_gx, scale),
-            address_or_none(dnew_residual, row, sizes),
-            rows_of_or_none(dresidual, row, width),
-            rows_of_or_none(dx, row, width),
+            dnew_residual,
+            dresidual,
+            dx,
             dropout,
             row,
             begin,
             column,
             inside,
+            sizes,
+            width,
             W,
         )
 
@@ -434,7 +415,7 @@ def backward_launches(
     the weights. Then one that sums what each program has of dweight and dbias."""
     width, (mean, rstd), (dx, dresidual, dweight, dbias) = call.width, statistics, grads
     sizes, held, strides = rows_of(width, source, *incoming)
-    x, dy, dnew_residual = (Rows.of(t, s, sizes) for t, s in zip(held, strides, strict=True))
+    x, dy, dnew_residual = map(Rows.of, held, strides)
     rows, machine = rstd.numel(), processors(source.device)
     if config is None:
         config = layer_norm_backward_config(arch, width, rows)

@@ -13,11 +13,25 @@ from .kernel import Launch
 from .philox import threshold
 
 
-class Rows(NamedTuple):
-    """A tensor whose rows lie along up to three dimensions, as a kernel walks it.
+class Sizes(NamedTuple):
+    """How many rows there are, and in the inner two of their three dimensions; None, where rows of
+    every tensor are evenly spaced: then nothing is divided at run time."""
 
-    Strides count elements. A tensor whose rows are evenly spaced has one stride, and None for the
-    others: no division at run time.
+    rows: Any
+    middle: Any
+    inner: Any
+
+    @classmethod
+    def of(cls, sizes: Any) -> Sizes:
+        n0, n1, n2 = sizes[:3]
+        return cls(n2, None, None) if n0 == n1 == 1 else cls(n0 * n1 * n2, n1, n2)
+
+
+class Rows(NamedTuple):
+    """A tensor whose rows lie along up to three dimensions, as a kernel walks it. Strides count
+    elements; where rows are evenly spaced, there is but the last.
+
+    None stands for a whole tensor that is not there, never for a field: triton 3.6 could not tell.
     """
 
     ptr: Any
@@ -26,12 +40,8 @@ class Rows(NamedTuple):
     stride: Any
 
     @classmethod
-    def of(cls, x: Tensor | None, strides: tuple[int, ...] | None, sizes: Any) -> Rows | None:
-        if x is None or strides is None:
-            return None
-        if sizes[0] == sizes[1] == 1:
-            return cls(x, None, None, strides[2])
-        return cls(x, *strides[:3])
+    def of(cls, x: Tensor | None, strides: tuple[int, ...] | None) -> Rows | None:
+        return None if x is None or strides is None else cls(x, *strides)
 
 
 class Lines(NamedTuple):
@@ -45,26 +55,15 @@ class Lines(NamedTuple):
     across: Any
 
     @classmethod
-    def of(cls, x: Tensor, strides: tuple[int, ...], across: int, sizes: Any) -> Lines:
-        outer, middle = (None, None) if sizes[0] == sizes[1] == 1 else strides[:2]
-        return cls(x, outer, middle, strides[2], strides[3], across)
+    def of(cls, x: Tensor, strides: tuple[int, ...], across: int) -> Lines:
+        outer, middle, stride, along = strides
+        return cls(x, outer, middle, stride, along, across)
 
     @classmethod
     def contiguous(cls, x: Tensor, sizes: Any) -> Lines:
-        *_, width, inner = sizes
-        return cls(x, None, None, width * inner, inner, 1)
-
-
-class Sizes(NamedTuple):
-    """How many rows there are, and in the inner two of their three dimensions."""
-
-    rows: Any
-    middle: Any
-    inner: Any
-
-    @classmethod
-    def of(cls, sizes: Any) -> Sizes:
-        return cls(sizes[0] * sizes[1] * sizes[2], sizes[1], sizes[2])
+        _, n1, n2, width, inner = sizes
+        step = width * inner
+        return cls(x, n1 * n2 * step, n2 * step, step, inner, 1)
 
 
 class Dropout(NamedTuple):
@@ -82,7 +81,7 @@ class Dropout(NamedTuple):
 @triton.jit
 def row_address(x, row, sizes):
     """The addresses (R,) of the beginnings of rows (R,), which are int64."""
-    if x.outer is None:
+    if sizes.middle is None:
         return x.ptr + row * x.stride
     else:
         plane = row // sizes.inner

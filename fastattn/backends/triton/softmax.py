@@ -50,13 +50,15 @@ def line_address(x, row, column, sizes):
 
 
 @triton.jit
-def load_scores(x, at_x, mask, at_mask, scale, position, inside):
+def load_scores(x, mask, row, column, sizes, scale, position, inside):
     """(L, W) float32: scale x + mask, -inf outside and where a bool mask is False."""
-    s = tl.load(at_x + position.to(tl.int64) * x.along, mask=inside, other=0.0)
+    along = position.to(tl.int64)
+    s = tl.load(line_address(x, row, column, sizes) + along * x.along, mask=inside, other=0.0)
     s = s.to(tl.float32) * scale
     kept = inside
     if mask is not None:
-        m = tl.load(at_mask + position.to(tl.int64) * mask.along, mask=inside, other=0)
+        at_mask = line_address(mask, row, column, sizes)
+        m = tl.load(at_mask + along * mask.along, mask=inside, other=0)
         if mask.ptr.dtype.element_ty == tl.int1:
             kept = kept & (m != 0)
         else:
@@ -117,11 +119,7 @@ def softmax_forward_kernel(
     row, column, exists = lines_of(sizes, inner, L)
     position = tl.arange(0, W)[None, :]
     inside = exists[:, None] & (position < width)
-    at_mask = None
-    if mask is not None:
-        at_mask = line_address(mask, row, column, sizes)
-    at_x = line_address(x, row, column, sizes)
-    s = load_scores(x, at_x, mask, at_mask, scale, position, inside)
+    s = load_scores(x, mask, row, column, sizes, scale, position, inside)
     base = base_of(tl.max(s, axis=1), mask)
     total = tl.sum(tl.exp2((s - base[:, None]) * _LOG2E), axis=1)
     at_y = line_address(y, row, column, sizes)
@@ -135,17 +133,13 @@ def softmax_forward_looped_kernel(
     """Lines in blocks, with the running maximum and sum of the online softmax (Milakov and
     Gimelshein, arXiv:1805.02867), and once more for the result."""
     row, column, exists = lines_of(sizes, inner, L)
-    at_mask = None
-    if mask is not None:
-        at_mask = line_address(mask, row, column, sizes)
-    at_x = line_address(x, row, column, sizes)
     at_y = line_address(y, row, column, sizes)
     top = tl.full((L,), float("-inf"), tl.float32)
     total = tl.zeros((L,), tl.float32)
     for begin in range(0, width, W):
         position = begin + tl.arange(0, W)[None, :]
         inside = exists[:, None] & (position < width)
-        s = load_scores(x, at_x, mask, at_mask, scale, position, inside)
+        s = load_scores(x, mask, row, column, sizes, scale, position, inside)
         higher = tl.maximum(top, tl.max(s, axis=1))
         base = tl.where(higher == float("-inf"), 0.0, higher)  # a block may have nothing to keep
         total *= tl.exp2((top - base) * _LOG2E)
@@ -155,7 +149,7 @@ def softmax_forward_looped_kernel(
     for begin in range(0, width, W):
         position = begin + tl.arange(0, W)[None, :]
         inside = exists[:, None] & (position < width)
-        s = load_scores(x, at_x, mask, at_mask, scale, position, inside)
+        s = load_scores(x, mask, row, column, sizes, scale, position, inside)
         store_softmax(y, at_y, s, base, total, position, inside, mask, LOG)
 
 
@@ -235,8 +229,8 @@ def forward_launch(
     sizes, (x, *masks), strides, mask_inner = columns_of(call.dim, (call.x,), call.mask)
     config = config or _config(x, sizes, arch)
     given = {
-        "x": Lines.of(x, strides[0], 1, sizes),
-        "mask": Lines.of(masks[0], strides[1], mask_inner, sizes) if masks else None,
+        "x": Lines.of(x, strides[0], 1),
+        "mask": Lines.of(masks[0], strides[1], mask_inner) if masks else None,
         "y": Lines.contiguous(y, sizes),
         "scale": call.scale,
     }
@@ -264,8 +258,8 @@ def backward_launch(
     sizes, (y, dy), strides, _ = columns_of(dim, (y, dy))
     config = config or _config(y, sizes, arch, backward=True)
     given = {
-        "y": Lines.of(y, strides[0], 1, sizes),
-        "dy": Lines.of(dy, strides[1], 1, sizes),
+        "y": Lines.of(y, strides[0], 1),
+        "dy": Lines.of(dy, strides[1], 1),
         "dx": Lines.contiguous(dx, sizes),
         "scale": scale,
     }
