@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ...dispatch import Request
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = 512
 OLDEST = (3, 6)  # the triton of torch 2.11
 
 # Triton reads it when a kernel is decorated: it holds for the whole process.
@@ -77,7 +78,17 @@ class TritonBackend(Backend):
             reasons.append(f"needs a CUDA or HIP tensor (got {kind})")
         if request.dtype not in DTYPES:
             reasons.append(f"serves float32, bfloat16 and float16 (got {request.dtype})")
+        if request.op == "attention":
+            reasons += self._head_dim_reasons(request)
         return reasons
+
+    def _head_dim_reasons(self, request: Request) -> list[str]:
+        """The least shared memory that a GPU has decides; the interpreter has any."""
+        most = 256 if request.dtype is torch.float32 and not INTERPRETED else MAX_HEAD_DIM
+        head_dim = max(shape[3] for shape in request.shapes)
+        if head_dim <= most:
+            return []
+        return [f"serves head dims up to {most} in {request.dtype} (got {head_dim})"]
 
     def attention_forward(self, call: AttentionCall) -> tuple[Tensor, Tensor, None]:
         with _on_device_of(call.q):

@@ -13,7 +13,6 @@ import torch
 
 from .kernel import next_power_of_two
 
-MAX_HEAD_DIM = 512
 CACHE = 16 * 2**20  # bytes of keys and values that programs at work together should read
 LARGE = 256  # queries and keys from which descriptors and specialised warps are worth their cost
 
@@ -34,77 +33,81 @@ class BackwardConfig(NamedTuple):
     dbias: Config
 
 
-# By architecture and bytes of a row in registers (a float32 head of 64 is as large as one of 128 in
-# bfloat16): forward, dq, dkdv.
+# Forward, dq, dkdv by architecture and columns of a head, of 16-bit numbers.
 Sweeps = tuple[Config, Config, Config]
 _TABLE: dict[str, dict[int, Sweeps]] = {
-    "sm_80": {  # and whatever is not below: 99 KiB of shared memory are enough
-        128: (Config(128, 64, 4, 3), Config(128, 64, 8, 2), Config(64, 128, 8, 2)),
-        256: (Config(128, 64, 8, 3), Config(64, 64, 4, 2), Config(32, 64, 8, 2)),
-        512: (Config(64, 32, 8, 2), Config(32, 32, 4, 1), Config(32, 32, 8, 1)),
-        1024: (Config(32, 16, 8, 1), Config(16, 16, 4, 1), Config(16, 16, 4, 1)),
-        2048: (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
+    "sm_80": {
+        64: (Config(128, 64, 4, 3), Config(128, 64, 8, 2), Config(64, 128, 8, 2)),
+        128: (Config(128, 64, 8, 3), Config(64, 64, 4, 2), Config(32, 64, 8, 2)),
+    },
+    "other": {  # fits 99 KiB of shared memory
+        64: (Config(128, 64, 4, 2), Config(128, 64, 8, 2), Config(64, 64, 8, 2)),
+        128: (Config(128, 64, 8, 2), Config(64, 64, 4, 2), Config(32, 64, 8, 2)),
+        256: (Config(64, 32, 8, 2), Config(32, 32, 4, 1), Config(32, 32, 8, 1)),
+        512: (Config(32, 16, 8, 1), Config(16, 16, 4, 1), Config(16, 16, 4, 1)),
     },
     "sm_90": {
-        128: (
+        64: (
             Config(128, 128, 8, 2, tma=True),
             Config(128, 64, 8, 2, tma=True),
             Config(64, 128, 8, 2, tma=True),
         ),
-        256: (
+        128: (
             Config(128, 64, 8, 3, tma=True),
             Config(128, 64, 8, 2, tma=True),
             Config(32, 128, 8, 3, tma=True),
         ),
     },
     "sm_100": {
-        128: (
-            Config(128, 128, 8, 2, tma=True),
+        64: (
+            Config(128, 64, 8, 3, tma=True),
             Config(128, 64, 8, 2, tma=True),
             Config(64, 128, 8, 2, tma=True),
         ),
-        256: (
-            Config(128, 128, 8, 2, tma=True),
+        128: (
+            Config(128, 64, 8, 3, tma=True),
             Config(128, 64, 8, 2, tma=True),
             Config(64, 128, 8, 2, tma=True),
         ),
     },
     "sm_120": {
+        64: (Config(128, 64, 8, 2, tma=True), Config(64, 64, 4, 2), Config(64, 64, 8, 2)),
         128: (
-            Config(128, 64, 8, 2, tma=True),
-            Config(64, 64, 4, 2, tma=True),
-            Config(64, 64, 8, 2, tma=True),
-        ),
-        256: (
             Config(128, 64, 8, 2, tma=True),
             Config(64, 64, 8, 2, tma=True),
             Config(64, 64, 8, 2, tma=True),
         ),
     },
     "gfx": {  # 64 KiB of shared memory, twice the registers
-        128: (Config(128, 64, 4, 1), Config(128, 64, 4, 1), Config(64, 64, 4, 1)),
-        256: (Config(128, 64, 4, 1), Config(64, 64, 4, 1), Config(64, 64, 4, 1)),
-        512: (Config(64, 32, 8, 1), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
-        1024: (Config(32, 16, 8, 1), Config(16, 16, 4, 1), Config(16, 16, 4, 1)),
-        2048: (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
+        64: (Config(128, 64, 4, 1), Config(128, 64, 4, 1), Config(64, 64, 4, 1)),
+        128: (Config(128, 64, 4, 1), Config(64, 64, 4, 1), Config(64, 64, 4, 1)),
+        256: (Config(64, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
+        512: (Config(32, 16, 8, 1), Config(16, 16, 4, 1), Config(16, 16, 4, 1)),
     },
     # The interpreter: few tiles, for each takes its time, but enough to test how they are walked.
-    "cpu": {128: (Config(32, 64, 4, 1), Config(32, 64, 4, 1), Config(64, 32, 4, 1))},
+    "cpu": {64: (Config(32, 64, 4, 1), Config(32, 64, 4, 1), Config(64, 32, 4, 1))},
+}
+# Products of float32 keep whole rows of both sides in registers.
+_FLOAT32: dict[int, Sweeps] = {
+    64: (Config(64, 32, 8, 1), Config(64, 32, 8, 1), Config(32, 64, 8, 1)),
+    128: (Config(32, 16, 4, 1), Config(32, 16, 8, 1), Config(16, 32, 8, 1)),
+    256: (Config(32, 16, 8, 1), Config(16, 16, 4, 1), Config(16, 16, 8, 1)),
+    512: (Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
 }
 _SPECIALIZED = {
-    "sm_90": Config(128, 128, 4, 2, True, True),
-    "sm_100": Config(128, 128, 8, 2, True, True),
+    "sm_90": Config(128, 128, 4, 2, tma=True, specialize=True),
+    "sm_100": Config(128, 128, 8, 2, tma=True, specialize=True),
 }
 
 
 def _sweeps(arch: str, dtype: torch.dtype, head_dim: int, v_dim: int) -> Sweeps:
-    bytes_a_row = max(columns(head_dim), columns(v_dim)) * dtype.itemsize
-    family = "gfx" if arch.startswith("gfx") else arch
-    table = _TABLE.get(family, _TABLE["sm_80"])
-    if family == "cpu":
-        return table[128]
-    size = max(128, next_power_of_two(bytes_a_row))
-    return table.get(size) or _TABLE["sm_80"][size]
+    size = max(64, columns(head_dim), columns(v_dim))
+    if arch == "cpu":
+        return _TABLE["cpu"][64]
+    if dtype is torch.float32:
+        return _FLOAT32[size]
+    table = _TABLE.get("gfx" if arch.startswith("gfx") else arch, {})
+    return table.get(size) or _TABLE["other"][size]
 
 
 def columns(head_dim: int) -> int:
@@ -127,9 +130,10 @@ def forward_config(
         return _SPECIALIZED[arch]
     config = _sweeps(arch, dtype, head_dim, v_dim)[0]
     fit = max(16, next_power_of_two(rows))
-    if fit < config.block_m:  # decode: short tiles
-        warps = config.num_warps if fit > 32 else min(config.num_warps, 4)
-        config = config._replace(block_m=fit, num_warps=warps)
+    if fit < config.block_m:
+        config = config._replace(block_m=fit)
+        if fit <= 32 and config.block_n == 64 and arch.startswith("sm"):  # decode: fetch far ahead
+            config = config._replace(num_warps=8 if max(head_dim, v_dim) > 64 else 4, num_stages=3)
     return config if large else config._replace(tma=False)
 
 
@@ -139,9 +143,8 @@ def backward_config(
     _, dq, dkdv = _sweeps(arch, dtype, head_dim, v_dim)
     if min(q_len, k_len) < LARGE:  # descriptors take the host longer than they save
         dq, dkdv = dq._replace(tma=False), dkdv._replace(tma=False)
-    small = min(dq.block_m, 64)
-    rows = Config(small, min(dq.block_n, 64), 4, 1)
-    return BackwardConfig(rows, dq, dkdv, Config(small, min(dq.block_n, 32), 4, 1))
+    small = Config(min(dq.block_m, 32), min(dq.block_n, 32), 4, 1)
+    return BackwardConfig(small, dq, dkdv, small)
 
 
 def attention_problem(
