@@ -94,6 +94,9 @@ def test_nested_tensors_are_refused(layout):
         fastattn.softmax(x)
     with pytest.raises(TypeError, match=r"query: expected a dense .* got .*(nested|jagged)"):
         fastattn.scaled_dot_product_attention(x, x, x)
+    heads = torch.nested.nested_tensor([torch.zeros(2, 3, 8), torch.zeros(2, 5, 8)])
+    with pytest.raises(TypeError, match=r"q: expected a dense .* got a nested"):
+        fastattn.attention(heads, heads, heads)
 
 
 def test_integers_are_refused():

@@ -156,12 +156,6 @@ struct RowSum {
     }
   }
   bool empty() const { return maximum == -kInfinity<A> && total == 0; }
-
- private:
-  // 0 stays 0, though the factor overflows: below -709 a base is no longer near that of nothing.
-  static double rebased(double sum, A from, A to) {
-    return sum == 0 ? 0 : sum * std::exp(double(safe_base(from)) - double(safe_base(to)));
-  }
 };
 
 // Compiled once for all that rows are stored as, but for kSize, the bytes of a number of x: load is
