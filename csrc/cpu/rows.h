@@ -176,12 +176,12 @@ FASTATTN_INLINE std::array<Acc<T>, kSums> sum_vectors(int64_t n, const Add& add)
   return result;
 }
 
-// The maximum of kUnroll vectors; NaN if a lane is.
+// The maximum of kUnroll vectors; unspecified if a lane is NaN.
 template <typename A>
 FASTATTN_INLINE A hmax_of(const Vec<A> (&top)[kUnroll]) {
   Vec<A> m = top[0];
   if constexpr (kUnroll == 4) m = vmax(vmax(m, top[1]), vmax(top[2], top[3]));
-  return hmax(m);
+  return hmax_any(m);
 }
 
 // The numbers before the first address at which stream() may store.
