@@ -191,6 +191,28 @@ int64_t unaligned_head(const T* p) {
   return int64_t((bytes - reinterpret_cast<uintptr_t>(p) % bytes) % bytes / sizeof(T));
 }
 
+// Writes value(j, lanes)[r] to out[r][j] for kRows rows at once, in the order of T.
+template <int kRows, typename T, typename Value>
+FASTATTN_INLINE void write_rows(T* const (&out)[kRows], int64_t n, const Value& value) {
+  constexpr int64_t w = Vec<Acc<T>>::kWidth;
+  int64_t j = 0;
+#if defined(FASTATTN_X86_VECTORS)
+  if constexpr (kPaired<T>)
+    for (; j + 2 * w <= n; j += 2 * w) {
+      const auto even = value(j, HalfPair<false>{}), odd = value(j, HalfPair<true>{});
+      for (int r = 0; r < kRows; ++r) store_pair(out[r] + j, even[size_t(r)], odd[size_t(r)]);
+    }
+#endif
+  for (; j + w <= n; j += w) {
+    const auto x = value(j, Whole{});
+    for (int r = 0; r < kRows; ++r) store(out[r] + j, x[size_t(r)]);
+  }
+  if (j == n) return;
+  const First tail{int(n - j)};
+  const auto x = value(j, tail);
+  for (int r = 0; r < kRows; ++r) tail.store(out[r] + j, x[size_t(r)]);
+}
+
 // Writes value(j, lanes) to out[j], in the order of Order: T, or Acc<T> for j as it is.
 // `past_cache` sends it straight to memory.
 template <typename Order, typename T, typename Value>

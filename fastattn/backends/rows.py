@@ -25,18 +25,18 @@ def rows_of(width: int, *tensors: Tensor | None) -> Any:
         else:
             break
     else:
-        return (1, 1, tensors[0].numel() // width), tensors, strides  # type: ignore[union-attr]
+        return (1, 1, tensors[0].numel() // width), tensors, tuple(strides)  # type: ignore[union-attr]
     shape = tensors[0].shape  # type: ignore[union-attr]
     lead, size = len(shape), 1
     while size < width:
         lead -= 1
         size *= shape[lead]
-    held = [x if x is None or _dense(x, lead) else x.contiguous() for x in tensors]
+    held = tuple(x if x is None or _dense(x, lead) else x.contiguous() for x in tensors)
     dims, merged = _merge(shape[:lead], [x.stride() for x in held if x is not None])
     if len(dims) > 3:
         return rows_of(width, *(None if x is None else x.contiguous() for x in held))
     found = iter(merged)
-    return _pad(dims), held, [None if x is None else next(found) for x in held]
+    return _pad(dims), held, tuple(None if x is None else next(found) for x in held)
 
 
 def columns_of(dim: int, tensors: tuple[Tensor, ...], mask: Tensor | None = None) -> Any:
@@ -49,10 +49,10 @@ def columns_of(dim: int, tensors: tuple[Tensor, ...], mask: Tensor | None = None
     if mask is None and all(x.is_contiguous() for x in tensors):
         step = width * inner
         sizes = (1, 1, tensors[0].numel() // step, width, inner)
-        return sizes, tensors, [(0, 0, step, inner)] * len(tensors), 1
+        return sizes, tensors, ((0, 0, step, inner),) * len(tensors), 1
     # Numbers that are neighbours in a row, or across columns, must be neighbours in memory.
     adjacent = dim if inner == 1 else dim + 1
-    held = [x if _dense(x, adjacent) else x.contiguous() for x in tensors]
+    held = tuple(x if _dense(x, adjacent) else x.contiguous() for x in tensors)
     mask_inner = 1
     if mask is not None:
         if not any(
@@ -61,12 +61,12 @@ def columns_of(dim: int, tensors: tuple[Tensor, ...], mask: Tensor | None = None
             mask_inner = 0
         elif not _dense(mask, dim + 1):
             mask = mask.contiguous()
-        held.append(mask)
+        held += (mask,)
     dims, merged = _merge(shape[:dim], [x.stride() for x in held])
     if len(dims) > 3:
         tensors = tuple(x.contiguous() for x in tensors)
         return columns_of(dim, tensors, None if mask is None else mask.contiguous())
-    strides = [(*outer, x.stride(dim)) for x, outer in zip(held, merged, strict=True)]
+    strides = tuple((*outer, x.stride(dim)) for x, outer in zip(held, merged, strict=True))
     return (*_pad(dims), width, inner), held, strides, mask_inner
 
 
