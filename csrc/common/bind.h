@@ -42,7 +42,7 @@ inline Dropout dropout(const py::handle& p, const py::handle& seed) {
 inline AttentionParams attention_params(const py::handle& call, const py::handle& out,
                                         const py::handle& lse, const py::handle& lse_low,
                                         int threads) {
-  expect_tuple(call, 13, "AttentionCall");
+  expect_tuple(call, 14, "AttentionCall");
   const DLTensor q = tensor(field(call, 0)), k = tensor(field(call, 1)), v = tensor(field(call, 2));
   if (q.ndim != 4 || k.ndim != 4 || v.ndim != 4)
     throw py::value_error("q, k, v: expected 4 dimensions");

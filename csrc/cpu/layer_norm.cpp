@@ -178,8 +178,8 @@ void forward_group(int64_t first, const LayerNormParams& p, const Acc<T>* weight
   Vec<A> centre[kRows], scale[kRows], rest[kRows];
   for (int r = 0; r < kRows; ++r) {
     const double mean = moment[r].mean, rstd = 1 / std::sqrt(moment[r].variance + p.eps);
-    if (!p.rms) static_cast<A*>(p.mean)[first + r] = A(mean);
-    static_cast<A*>(p.rstd)[first + r] = A(rstd);
+    if (p.mean) static_cast<A*>(p.mean)[first + r] = A(mean);
+    if (p.rstd) static_cast<A*>(p.rstd)[first + r] = A(rstd);
     centre[r] = set1(A(mean));
     scale[r] = set1(A(rstd));
     rest[r] = set1(A((double(A(mean)) - mean) * rstd));

@@ -83,7 +83,7 @@ void bind_attention_backward(const py::handle& call, const py::handle& results,
 // A LayerNormCall, but for what is walked.
 LayerNormParams layer_norm_params(const py::handle& call, const Walk& walk, const py::handle& mean,
                                   const py::handle& rstd, int threads) {
-  expect_tuple(call, 9, "LayerNormCall");
+  expect_tuple(call, 10, "LayerNormCall");
   const py::handle weight = field(call, 2), bias = field(call, 3);
   LayerNormParams p{};
   p.dtype = walk.dtype(0);

@@ -18,6 +18,7 @@ from .cpu_rows import RowKernels
 if TYPE_CHECKING:
     from ..dispatch import Request
 
+CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ISAS = ("avx512bf16", "avx512", "avx2", "neon", "baseline")  # best first
 
@@ -71,17 +72,19 @@ class CpuBackend(RowKernels, Backend):
 
     def reasons(self, request: Request) -> list[str]:
         reasons = []
-        if request.device.type != "cpu":
+        # Devices compare faster than they tell their type.
+        if request.device != CPU and request.device.type != "cpu":
             reasons.append(f"needs a CPU tensor (got {request.device.type})")
         if request.dtype not in DTYPES:
             reasons.append(f"serves float32, float64, bfloat16 and float16 (got {request.dtype})")
         return reasons
 
-    def attention_forward(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+    def attention_forward(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor | None]:
         q = call.q
-        out = empty_output(q, call.v.shape[-1])
-        lse = torch.empty(q.shape[:3], dtype=statistics_dtype(q.dtype))
-        lse_low = torch.empty_like(lse)
+        batch, heads, length, _ = q.shape
+        out = empty_output(q, call.v.shape[3])
+        lse = torch.empty((batch, heads, length), dtype=statistics_dtype(q.dtype))
+        lse_low = torch.empty_like(lse) if call.for_backward else None
         self.module.attention_forward(call, out, lse, lse_low, torch.get_num_threads())
         return out, lse, lse_low
 

@@ -21,15 +21,16 @@ class RowKernels:
 
     def layer_norm_forward(
         self, call: LayerNormCall
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         call = _with_contiguous_weights(call)
         x, residual, width = call.x, call.residual, call.width
         rows = x.numel() // width if width else 0
-        statistics = statistics_dtype(x.dtype)
         y = _empty(x)
         new_residual = None if residual is None else _empty(x)
-        mean = None if call.rms else torch.empty(rows, dtype=statistics)
-        rstd = torch.empty(rows, dtype=statistics)
+        mean = rstd = None
+        if call.for_backward:
+            rstd = torch.empty(rows, dtype=statistics_dtype(x.dtype))
+            mean = None if call.rms else torch.empty_like(rstd)
         outputs = y, new_residual, mean, rstd
         if rows:
             walk = rows_of(width, x, residual)

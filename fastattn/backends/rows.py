@@ -26,7 +26,7 @@ def rows_of(width: int, *tensors: Tensor | None) -> Any:
             break
     else:
         return (1, 1, tensors[0].numel() // width), tensors, tuple(strides)  # type: ignore[union-attr]
-    shape = tensors[0].shape  # type: ignore[union-attr]
+    shape = tuple(tensors[0].shape)  # type: ignore[union-attr]
     lead, size = len(shape), 1
     while size < width:
         lead -= 1
@@ -44,7 +44,7 @@ def columns_of(dim: int, tensors: tuple[Tensor, ...], mask: Tensor | None = None
     tensors of one shape, seen as rows x width x inner columns. Strides are those of the three
     dimensions of rows and of ``dim``; columns are adjacent, in the mask (the last of the tensors,
     where there is one) adjacent or, for an inner stride of 0, one."""
-    shape = tensors[0].shape
+    shape = tuple(tensors[0].shape)  # torch.Size is slow to slice
     width, inner = shape[dim], prod(shape[dim + 1 :])
     if mask is None and all(x.is_contiguous() for x in tensors):
         step = width * inner
