@@ -87,12 +87,14 @@ class Op:
         if needs_grad or forward_ad._current_level >= 0:
             # What Function.apply calls in the end; its inspection of signatures takes 100 us.
             return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
-        return self.below_autograd(*args, **self.alone)
+        if _nobody_looks(args):
+            return self.run(*args, **self.alone)
+        return self.below_autograd(*args)
 
-    def below_autograd(self, *args: Any, **alone: Any) -> Any:
+    def below_autograd(self, *args: Any) -> Any:
         """The op without its derivative, for arguments that autograd has nothing to do with."""
         if _nobody_looks(args):
-            return self.run(*args, **alone)  # the dispatcher would come to the same, 15 us later
+            return self.run(*args)  # the dispatcher would come to the same, 15 us later
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload(*args)
 

@@ -184,11 +184,15 @@ void forward_group(int64_t first, const LayerNormParams& p, const Acc<T>* weight
     scale[r] = set1(A(rstd));
     rest[r] = set1(A((double(A(mean)) - mean) * rstd));
   }
+  const int64_t following = std::min(first + kRows, p.rows.count() - 1);
+  const T* next = static_cast<const T*>(p.x.data) + p.rows.offset(following, p.x);
   const auto x_hat = [=](int r, int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
     return fma(lanes.load(x[r] + j) - centre[r], scale[r], rest[r]);
   };
   if constexpr (kRows == 1)
     return write_row<T>(y[0], n, past_cache, [=](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+      // Memory is read while it is written; 16-bit rows keep it as busy without.
+      if constexpr (sizeof(T) >= 4) prefetch(next + j);
       return fma(x_hat(0, j, lanes), lanes.load(weight + j), lanes.load(bias + j));
     });
   else

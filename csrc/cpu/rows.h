@@ -150,6 +150,17 @@ FASTATTN_INLINE void each_vector(int64_t n, const Body& body) {
   if (j < n) body(s0, j, First{int(n - j)});
 }
 
+// Four vectors of a row at once: vector i is the numbers of Lanes<i> from offset<i> on.
+template <typename T>
+struct Four {
+  static constexpr int kCount = 4;
+  static constexpr int64_t kNumbers = kCount * Vec<Acc<T>>::kWidth;
+  template <int i>
+  static constexpr int64_t offset = (kPaired<T> ? i / 2 * 2 : i) * Vec<Acc<T>>::kWidth;
+  template <int i>
+  using Lanes = std::conditional_t<kPaired<T>, HalfPair<i % 2 != 0>, Whole>;
+};
+
 // kSums sums over n numbers, to which add(acc, j, lanes) adds a vector each. Sums are over two
 // levels, so that many small terms are not rounded against one large sum.
 template <typename T, int kSums, typename Add>

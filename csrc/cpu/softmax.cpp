@@ -118,15 +118,32 @@ FASTATTN_NOINLINE A exponentials(A* e, const Block<A>& block, const Scale<A>& sc
   const In *x = static_cast<const In*>(block.x), *ahead = static_cast<const In*>(next);
   const Vec<A> bases = set1(base), scales = set1(scale.scale);
   const Vec<A> exponent = set1(A(double(scale.unit) * kLog2E));
-  const auto [sum] = sum_vectors<Order, 1>(
-      block.n, [&](Vec<A>(&acc)[1], int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
-        prefetch(ahead + j);
-        const Vec<A> r = read<In, kMask>(x + j, block.mask + j, scales, lanes);
-        const Vec<A> v = exp2_or_nan((r - bases) * exponent);
-        lanes.store(e + j, v);
-        acc[0] = acc[0] + lanes.keep(v, A(0));
-      });
-  return sum;
+  const auto power = [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+    prefetch(ahead + j);
+    return (read<In, kMask>(x + j, block.mask + j, scales, lanes) - bases) * exponent;
+  };
+  using Group = Four<Order>;
+  Vec<A> sum[Group::kCount];
+  for (Vec<A>& lane : sum) lane = zero<A>();
+  int64_t done = 0;
+  for (; done + Group::kNumbers <= block.n; done += Group::kNumbers) {
+    Vec<A> v[Group::kCount];
+    unroll<Group::kCount>([&](auto i) FASTATTN_INLINE_LAMBDA {
+      v[i] = power(done + Group::template offset<i>, typename Group::template Lanes<i>{});
+    });
+    exp2_or_nan(v);
+    unroll<Group::kCount>([&](auto i) FASTATTN_INLINE_LAMBDA {
+      const typename Group::template Lanes<i> lanes;
+      lanes.store(e + done + Group::template offset<i>, v[i]);
+      sum[i] = sum[i] + v[i];
+    });
+  }
+  each_vector<Order>(block.n - done, [&](auto, int64_t i, auto lanes) FASTATTN_INLINE_LAMBDA {
+    const Vec<A> v = exp2_or_nan(power(done + i, lanes));
+    lanes.store(e + done + i, v);
+    sum[0] = sum[0] + lanes.keep(v, A(0));
+  });
+  return hsum((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
 // y = e factor

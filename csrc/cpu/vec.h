@@ -594,14 +594,27 @@ FASTATTN_INLINE VecF exp2_parts(VecF rounded, VecF f) {
 }
 // 2^x for x < 128, NaN for any NaN, in fewer instructions than exp2_below, but more that compete
 // with FMA for its slots. The bound is far enough down for the result to round to 0.
-FASTATTN_INLINE VecF exp2_scaled(VecF x) {
-  const __m512 c = _mm512_max_ps(_mm512_set1_ps(-200.0f), x.v);
-  const __m512 whole = _mm512_roundscale_ps(c, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 f = _mm512_sub_ps(c, whole);
-  __m512 p = _mm512_set1_ps(kExp2Poly[5]);
-  for (int k = 4; k >= 0; --k) p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(kExp2Poly[k]));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
-  return {_mm512_scalef_ps(p, whole)};
+// Vectors go in step, so that each waits for its own last result while the others work.
+template <int kCount>
+FASTATTN_INLINE void exp2_scaled(VecF (&x)[kCount]) {
+  __m512 whole[kCount], p[kCount];
+  const auto each = [](auto&& step) FASTATTN_INLINE_LAMBDA {
+    for (int i = 0; i < kCount; ++i) step(i);
+  };
+  each([&](int i)
+           FASTATTN_INLINE_LAMBDA { x[i].v = _mm512_max_ps(_mm512_set1_ps(-200.0f), x[i].v); });
+  each([&](int i) FASTATTN_INLINE_LAMBDA {
+    whole[i] = _mm512_roundscale_ps(x[i].v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  });
+  each([&](int i) FASTATTN_INLINE_LAMBDA { x[i].v = _mm512_sub_ps(x[i].v, whole[i]); });
+  each([&](int i) FASTATTN_INLINE_LAMBDA { p[i] = _mm512_set1_ps(kExp2Poly[5]); });
+  for (int k = 4; k >= 0; --k)
+    each([&](int i) FASTATTN_INLINE_LAMBDA {
+      p[i] = _mm512_fmadd_ps(p[i], x[i].v, _mm512_set1_ps(kExp2Poly[k]));
+    });
+  each([&](int i)
+           FASTATTN_INLINE_LAMBDA { p[i] = _mm512_fmadd_ps(p[i], x[i].v, _mm512_set1_ps(1.0f)); });
+  each([&](int i) FASTATTN_INLINE_LAMBDA { x[i].v = _mm512_scalef_ps(p[i], whole[i]); });
 }
 #elif defined(__ARM_NEON) && defined(__aarch64__)
 // ---- Arm NEON (AArch64)
@@ -826,12 +839,18 @@ FASTATTN_INLINE Vec<float> exp2_below(Vec<float> x) {
 FASTATTN_INLINE Vec<float> exp2(Vec<float> x) { return exp2_below(vmin(set1(128.0f), x)); }
 
 // exp2_below for rows that may hold any NaN: exp2_below keeps those without a payload.
-template <typename A>
-FASTATTN_INLINE Vec<A> exp2_or_nan(Vec<A> x) {
+template <typename A, int kCount>
+FASTATTN_INLINE void exp2_or_nan(Vec<A> (&x)[kCount]) {
 #if defined(FASTATTN_X86_VECTORS) && defined(__AVX512F__)
   if constexpr (sizeof(A) == 4) return exp2_scaled(x);
 #endif
-  return select(equal(x, x), exp2_below(x), x);
+  for (Vec<A>& v : x) v = select(equal(v, v), exp2_below(v), v);
+}
+template <typename A>
+FASTATTN_INLINE Vec<A> exp2_or_nan(Vec<A> x) {
+  Vec<A> one[] = {x};
+  exp2_or_nan(one);
+  return one[0];
 }
 
 // e^x for x < 88, or NaN, to 1e-7 whatever the size of x: no product is rounded on the way, as

@@ -16,16 +16,9 @@ from torch import Tensor
 def rows_of(width: int, *tensors: Tensor | None) -> Any:
     """(rows along three dimensions, the tensors to read, their three strides): tensors of one
     shape, whose trailing ``width`` numbers make a row. The first is not None."""
-    strides: list[tuple[int, ...] | None] = []
-    for x in tensors:
-        if x is None:
-            strides.append(None)
-        elif x.is_contiguous():
-            strides.append((0, 0, width))
-        else:
-            break
-    else:
-        return (1, 1, tensors[0].numel() // width), tensors, tuple(strides)  # type: ignore[union-attr]
+    if _contiguous(tensors):
+        rows = tensors[0].numel() // width  # type: ignore[union-attr]
+        return (1, 1, rows), tensors, ((0, 0, width),) * len(tensors)
     shape = tuple(tensors[0].shape)  # type: ignore[union-attr]
     lead, size = len(shape), 1
     while size < width:
@@ -46,7 +39,7 @@ def columns_of(dim: int, tensors: tuple[Tensor, ...], mask: Tensor | None = None
     where there is one) adjacent or, for an inner stride of 0, one."""
     shape = tuple(tensors[0].shape)  # torch.Size is slow to slice
     width, inner = shape[dim], prod(shape[dim + 1 :])
-    if mask is None and all(x.is_contiguous() for x in tensors):
+    if mask is None and _contiguous(tensors):
         step = width * inner
         sizes = (1, 1, tensors[0].numel() // step, width, inner)
         return sizes, tensors, ((0, 0, step, inner),) * len(tensors), 1
@@ -68,6 +61,13 @@ def columns_of(dim: int, tensors: tuple[Tensor, ...], mask: Tensor | None = None
         return columns_of(dim, tensors, None if mask is None else mask.contiguous())
     strides = tuple((*outer, x.stride(dim)) for x, outer in zip(held, merged, strict=True))
     return (*_pad(dims), width, inner), held, strides, mask_inner
+
+
+def _contiguous(tensors: tuple[Tensor | None, ...]) -> bool:
+    for x in tensors:  # a loop: this runs at every call
+        if x is not None and not x.is_contiguous():
+            return False
+    return True
 
 
 def _dense(x: Tensor, lead: int) -> bool:

@@ -237,7 +237,7 @@ def _check(name: str, x: Any, normalized_shape: Any, weight: Any, bias: Any) -> 
     check_tensor(name, x)
     check_dtype(name, x)
     listed = isinstance(normalized_shape, (tuple, list))
-    if not listed or not all(is_integer(n) for n in normalized_shape):
+    if not listed or not all(map(is_integer, normalized_shape)):
         raise TypeError(
             f"normalized_shape: expected a tuple or list of ints, got {normalized_shape!r} "
             f"({type(normalized_shape).__name__})"
