@@ -188,6 +188,11 @@ void bind(py::module_& m) {
   m.attr("isa") = isa;
   m.def("usable_isas", &usable_isas);
   m.def("use_exchange", &use_exchange);
+  m.def("multiply_add_rate", [](const py::handle& like, int threads) {
+    const DType dtype = dtype_of(tensor(like));
+    const py::gil_scoped_release unlocked;
+    return multiply_add_rate(dtype, threads);
+  });
   m.def("attention_forward", &bind_attention_forward);
   m.def("attention_backward", &bind_attention_backward);
   m.def("layer_norm_forward", &bind_layer_norm_forward);

@@ -79,6 +79,13 @@ class CpuBackend(RowKernels, Backend):
             reasons.append(f"serves float32, float64, bfloat16 and float16 (got {request.dtype})")
         return reasons
 
+    def multiply_add_rate(self, dtype: torch.dtype) -> float:
+        """Operations a second of bare multiply-adds on every thread; 0 if nothing was compiled."""
+        if self.module is None:
+            return 0.0
+        rate = self.module.multiply_add_rate(torch.ones(1, dtype=dtype), torch.get_num_threads())
+        return float(rate)
+
     def attention_forward(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor | None]:
         q = call.q
         batch, heads, length, _ = q.shape
