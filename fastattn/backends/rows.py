@@ -64,7 +64,7 @@ def columns_of(dim: int, tensors: tuple[Tensor, ...], mask: Tensor | None = None
 
 
 def _contiguous(tensors: tuple[Tensor | None, ...]) -> bool:
-    for x in tensors:  # a loop: this runs at every call
+    for x in tensors:  # noqa: SIM110 -- faster than all(), and runs at every call
         if x is not None and not x.is_contiguous():
             return False
     return True

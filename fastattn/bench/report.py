@@ -18,7 +18,7 @@ SECTIONS = (
 COLUMNS = ("case", "ours", "torch", "naive", "flex", "ratio", "range", "goal", "", "rate", "roof")
 LEGEND = (
     "ratio: torch's time over ours (naive's where torch has no such operator); range: its least "
-    "and most over the rounds; roof: share of this machine's measured multiply-add or copy ceiling; "
+    "and most over the rounds; roof: share of this machine's multiply-add or copy ceiling; "
     "flex: with --flex or --full"
 )
 
