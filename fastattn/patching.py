@@ -146,7 +146,7 @@ def _become(module: nn.Module, new: type, restoring: bool) -> None:
 
 def _replacement(module: nn.Module) -> tuple[type[nn.Module] | None, str]:
     """(the class to give it, what that is), or (None, why it stays as it is, or "")."""
-    kind = type(module)
+    kind: Any = type(module)
     if kind in _OURS or _ORIGINAL in module.__dict__:
         return None, "served by fastattn already"
     new = ours.OURS.get(kind)
