@@ -178,6 +178,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values (N, H, length, D), views of as few products as can be."""
         width, bias = self.embed_dim, self.in_proj_bias
+        inputs: tuple[Tensor, ...]
         if not self._qkv_same_embed_dim:
             matrices = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
             vectors = (None,) * 3 if bias is None else bias.chunk(3)

@@ -113,8 +113,9 @@ def _arguments(
     """The arguments of ``torch.ops.fastattn.attention_forward`` for torch's top-left alignment."""
     if q.dtype not in DTYPES:
         raise TypeError(f"query: expected one of {DTYPES}, got {q.dtype}")
-    flags = () if mask is None else ("mask",) if mask.dtype is torch.bool else ("bias",)
-    flags += ("dropout",) if dropout_p else ()
+    flags: tuple[str, ...] = ("dropout",) if dropout_p else ()
+    if mask is not None:
+        flags += ("mask",) if mask.dtype is torch.bool else ("bias",)
     shapes = (q.shape, k.shape, v.shape)
     backend = dispatch.select(None, Request("attention", q.device, q.dtype, shapes, flags, True))
     scale = q.shape[-1] ** -0.5 if scale is None else scale

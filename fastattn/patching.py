@@ -10,6 +10,7 @@ from __future__ import annotations
 import dis
 import functools
 import re
+import sys
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from . import nn as ours
-from . import torch_calls
+from . import rms_modules, torch_calls
 from .overriding import override
 
 _ORIGINAL = "_fastattn_original_class"
@@ -78,14 +79,22 @@ def patch(model: nn.Module) -> Report:
     """
     _check(model, "patch")
     report, plan = Report("replaced"), []
+    whole = _transformers_models(model)
+    inside = {id(m) for _, top in whole for m in top.modules()}
     for name, module in model.named_modules():
-        new, reason = _replacement(module)
+        new, reason = _replacement(module, id(module) in inside)
         if new is not None:
             plan.append((module, new))
             report.replaced[name] = reason
         elif reason:
             report.left[name] = reason
     _swap(plan, restoring=False)
+    try:
+        for name, top in whole:
+            _attend_by_fastattn(name, top, report)
+    except BaseException:
+        unpatch(model)
+        raise
     return report
 
 
@@ -106,6 +115,12 @@ def unpatch(model: nn.Module) -> Report:
             plan.append((module, original))
             report.replaced[name] = f"{original.__module__}.{original.__qualname__}"
     _swap(plan, restoring=True)
+    for name, top in _transformers_models(model):
+        implementation = top.__dict__.pop(_ATTENTION, None)
+        if implementation is not None:
+            top.set_attn_implementation(implementation)
+            where = f"{name}.config".lstrip(".")
+            report.replaced[where] = f'attn_implementation="{implementation}"'
     return report
 
 
@@ -144,15 +159,20 @@ def _become(module: nn.Module, new: type, restoring: bool) -> None:
 # ---------------------------------------------------------------------------- what becomes of what
 
 
-def _replacement(module: nn.Module) -> tuple[type[nn.Module] | None, str]:
+def _replacement(
+    module: nn.Module, in_transformers: bool = False
+) -> tuple[type[nn.Module] | None, str]:
     """(the class to give it, what that is), or (None, why it stays as it is, or "")."""
     kind: Any = type(module)
     if kind in _OURS or _ORIGINAL in module.__dict__:
         return None, "served by fastattn already"
     new = ours.OURS.get(kind)
     calls = () if new is not None else _calls(kind)
-    concerned = new is not None or calls or _LOOKS_ALIKE.search(kind.__name__) is not None
-    if not concerned or (new is None and not calls and _is_container(module)):
+    form = None if new is not None or calls else rms_modules.recognise(module)
+    if in_transformers and new is None and form is None and not calls:
+        return None, ""  # its attention is the whole model's affair
+    concerned = new is not None or calls or form or _LOOKS_ALIKE.search(kind.__name__) is not None
+    if not concerned or (new is None and not calls and form is None and _is_container(module)):
         return None, ""
     name = kind.__name__
     if isinstance(module, torch.jit.ScriptModule):
@@ -165,11 +185,13 @@ def _replacement(module: nn.Module) -> tuple[type[nn.Module] | None, str]:
         return None, f"{name}: sharded already; patch before fully_shard"
     if new is not None:
         return new, f"fastattn.nn.{new.__name__}"
-    if not calls:
+    if not calls and form is None:
         return None, f"{name}: calls none of torch's functions that fastattn serves"
     if "__reduce__" in _own_names(kind) or "__reduce_ex__" in _own_names(kind):
         return None, f"{name}: pickles itself in its own way"
-    return _routed(kind), f"{name}, its {' and '.join(calls)} by fastattn"
+    if form is not None:
+        return _routed(kind, form), f"{name}, an RMS norm, by fastattn"
+    return _routed(kind, None), f"{name}, its {' and '.join(calls)} by fastattn"
 
 
 def _is_container(module: nn.Module) -> bool:
@@ -193,22 +215,26 @@ def _own_bases(kind: type) -> Iterator[type]:
 
 
 @functools.cache
-def _routed(kind: Any) -> type[nn.Module]:
-    """A subclass whose forward runs inside ``override``. The name stays: libraries look at it."""
+def _routed(kind: Any, form: rms_modules.Form | None) -> type[nn.Module]:
+    """A subclass whose forward runs inside ``override``, or is an RMS norm of this form. The name
+    stays: libraries look at it."""
 
     def forward(self: Any, *args: Any, **keywords: Any) -> Any:
         with override():
             return kind.forward(self, *args, **keywords)
 
+    def norm(self: Any, x: Any) -> Any:
+        return rms_modules.forward(form, kind, self, x)  # type: ignore[arg-type]
+
     def reduce(self: Any, protocol: Any) -> Any:
         _, _, *rest = super(made, self).__reduce_ex__(protocol)
-        return _new, (kind,), *rest  # by the class that a pickle can name
+        return _new, (kind, form), *rest  # by the class that a pickle can name
 
     made: Any = type(
         kind.__name__,
         (kind,),
         {
-            "forward": functools.wraps(kind.forward)(forward),
+            "forward": functools.wraps(kind.forward)(forward if form is None else norm),
             "__reduce_ex__": reduce,
             "__module__": kind.__module__,
             "__qualname__": kind.__qualname__,
@@ -218,9 +244,45 @@ def _routed(kind: Any) -> type[nn.Module]:
     return made
 
 
-def _new(kind: type[nn.Module]) -> nn.Module:
-    made = _routed(kind)
+def _new(kind: Any, form: rms_modules.Form | None) -> nn.Module:
+    made = _routed(kind, form)
     return made.__new__(made)
+
+
+# ------------------------------------------------------------------------------ Hugging Face models
+
+_ATTENTION = "_fastattn_original_attention"
+
+
+def _transformers_models(model: nn.Module) -> list[tuple[str, Any]]:
+    """The outermost models of transformers in it: their attention is chosen for all of one."""
+    library = sys.modules.get("transformers.modeling_utils")
+    if library is None:
+        return []
+    found: list[tuple[str, Any]] = []
+    inside: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, library.PreTrainedModel) and id(module) not in inside:
+            found.append((name, module))
+            inside |= {id(m) for m in module.modules()}
+    return found
+
+
+def _attend_by_fastattn(name: str, top: Any, report: Report) -> None:
+    from .integrations import transformers as integration
+
+    where = f"{name}.config".lstrip(".")
+    before = top.config._attn_implementation
+    if before == integration.NAME:
+        report.left[where] = 'attn_implementation is "fastattn" already'
+        return
+    if not top._can_set_attn_implementation():
+        report.left[where] = f"{type(top).__name__}: its attention cannot be chosen"
+        return
+    integration.register()
+    top.__dict__[_ATTENTION] = before
+    top.set_attn_implementation(integration.NAME)
+    report.replaced[where] = f'attn_implementation="{integration.NAME}"'
 
 
 # ------------------------------------------------------------------ which calls a module's code has
@@ -248,6 +310,8 @@ def _calls(kind: Any) -> tuple[str, ...]:
             continue
         seen.add(function.__code__)
         for used in _used(function, kind):
+            if type(used).__name__ == "AttentionInterface":
+                return ()  # transformers': which attention it calls is in the model's config
             if _hashable(used) and used in _FUNCTIONS:
                 found.append(_FUNCTIONS[used])
             elif isinstance(used, types.FunctionType) and _package(used) == package:
