@@ -156,15 +156,16 @@ def attention_problem(
     return f"{name}, plain" if special else name
 
 
-def heads_together(kv_bytes: int, sharing: int, even: bool) -> int:
-    """How many query heads are at work at the same time, ``sharing`` of which read the same keys.
+def heads_together(heads: int, kv_bytes: int, sharing: int, even: bool) -> int:
+    """How many query heads of all ``heads`` are at work at the same time, ``sharing`` of which read
+    the same keys.
 
     Where all tiles have the same work (``even``) one head after the other serves the cache best;
     else tiles of several heads, longest first, keep the device busy to the end.
     """
     if even:
         return 1
-    return max(1, CACHE // max(kv_bytes, 1)) * sharing
+    return min(heads, max(1, CACHE // max(kv_bytes, 1)) * sharing)
 
 
 def key_splits(programs: int, k_len: int, block_n: int, processors: int) -> tuple[int, int]:
