@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2E = 1.4426950408889634  # exp(x) = exp2(x * LOG2E)
@@ -65,13 +66,26 @@ class Launch:
     describes: bool = False  # makes tensor descriptors itself, which need memory
 
     def run(self) -> None:
+        """With as many stages as the device has shared memory for: a configuration that was tuned
+        for a plain call may have too many for one with a bias."""
+        for stages in range(self.num_stages, 0, -1):
+            try:
+                self.start(stages)
+            except OutOfResources as error:
+                if stages == 1:
+                    name = self.function.__name__
+                    raise RuntimeError(f"this GPU is too small for {name}: {error}") from None
+            else:
+                break
+
+    def start(self, num_stages: int) -> None:
         if self.describes:
             triton.set_allocator(_workspace)
         self.function[self.grid](
             **self.arguments,
             **self._compile_time(),
             num_warps=self.num_warps,
-            num_stages=self.num_stages,
+            num_stages=num_stages,
         )
 
     def _compile_time(self) -> dict[str, Any]:
