@@ -81,17 +81,16 @@ class Launch:
     def start(self, num_stages: int) -> None:
         if self.describes:
             triton.set_allocator(_workspace)
-        self.function[self.grid](
-            **self.arguments,
-            **self._compile_time(),
-            num_warps=self.num_warps,
-            num_stages=num_stages,
-        )
+        self.function[self.grid](**self.keywords() | {"num_stages": num_stages})
+
+    def keywords(self) -> dict[str, Any]:
+        """What the kernel is called with, its options among them."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return self.arguments | self._compile_time() | options
 
     def _compile_time(self) -> dict[str, Any]:
-        """Fields of a named tuple each as a tl.constexpr: a kernel can pass them on as such."""
         return {
-            key: type(value)(*map(tl.constexpr, value)) if isinstance(value, tuple) else value
+            key: _constexprs(value) if isinstance(value, tuple) else value
             for key, value in self.constants.items()
         }
 
@@ -121,6 +120,12 @@ class Launch:
             main,
             instructions,
         )
+
+
+@functools.cache
+def _constexprs(value: Any) -> Any:
+    """Fields of a named tuple each as a tl.constexpr: a kernel can pass them on as such."""
+    return type(value)(*map(tl.constexpr, value))
 
 
 def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:
