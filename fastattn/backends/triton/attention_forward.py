@@ -30,6 +30,7 @@ from .attention_tile import (
     Problem,
     careful_dot,
     exp_factor,
+    is_plain,
     kept,
     load_keys,
     load_rows,
@@ -376,7 +377,8 @@ def forward_launches(
     special = not grouped and specialized.is_specializable(call, problem)
     if config is None:
         shape = (head_dim, v_dim, rows)
-        config = forward_config(arch, call.q.dtype, *shape, sizes.k_len, special)
+        plain = is_plain(call, problem)
+        config = forward_config(arch, call.q.dtype, *shape, sizes.k_len, special, plain)
         name = attention_problem(call.q.dtype, *shape, special)
         config = tuned("attention_forward", name, call.q.device, config)
     if config.specialize and special:
