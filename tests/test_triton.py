@@ -28,7 +28,7 @@ SUITES = {
             "test_one_truth.py::test_every_dtype_drops_the_same_elements",
             "test_one_truth.py::test_backends_pair",
         ],
-        "not 130-261",
+        "",
     ),
     "attention": (
         ["interpreted/test_attention.py", "test_case_table.py::test_case", "test_samples.py"],
