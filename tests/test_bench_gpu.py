@@ -109,7 +109,7 @@ def test_a_run_writes_json_and_plots(device, liger, uncompiled, monkeypatch, tmp
 
     raw = json.loads((tmp_path / "benchmarks/results/cuda.json").read_text())
     assert raw["machine"]["gpu"] == "a GPU" and raw["machine"]["gpu_capability"] == "9.0"
-    assert set(raw["ceilings"]["gemm"]) == {"float32", "bfloat16", "float16"}
+    assert set(raw["ceilings"]["arithmetic"]) == {"float32", "bfloat16", "float16"}
     assert raw["ceilings"]["copy"] > 0
     assert set(raw["host_us"]) == {
         f"{op}{way}" for op in ("attention", "layer_norm", "softmax") for way in ("", " backward")

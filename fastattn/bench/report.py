@@ -21,7 +21,7 @@ CONTENDERS = ("ours", "torch", "naive", "flex")  # on a CPU
 PEERS = ("ours", "cudnn", "flash", "efficient", "fa3", "flex", "torch", "compile", "liger")  # a GPU
 LEGEND = (
     "ratio: torch's time over ours (naive's where torch has no such operator); range: its least "
-    "and most over the rounds; roof: share of this machine's measured GEMM or copy ceiling; "
+    "and most over the rounds; roof: share of this machine's multiply-add or copy ceiling; "
     "flex: with --flex or --full"
 )
 GPU_LEGEND = (
@@ -143,7 +143,9 @@ def memory_rows(peaks: list[Peak]) -> list[list[Cell]]:
 
 def head(report: Report) -> list[str]:
     machine, roofs = report.machine, report.ceilings
-    gemm = ", ".join(f"{name} {speed(rate)}" for name, rate in roofs["gemm"].items())
+    on_gpu = machine.get("device", "cpu") != "cpu"
+    rates = ", ".join(f"{name} {speed(rate)}" for name, rate in roofs["arithmetic"].items())
+    arithmetic = "GEMM" if on_gpu else "multiply-adds"
     flags = " ".join(machine["flags"])
     allocator = "allocator: as it is"
     if report.allocator.get("reuse_memory"):
@@ -153,9 +155,9 @@ def head(report: Report) -> list[str]:
         f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {flags}",
         f"fastattn {machine['fastattn']} ({machine['commit'] or 'no checkout'}), "
         f"torch {machine['torch']}, Python {machine['python']}",
-        *([] if machine.get("device", "cpu") == "cpu" else [gpu_facts(machine)]),
-        f"ceilings: GEMM {gemm}; copy {roofs['copy']:.1f} GB/s",
-        *([allocator] if machine.get("device", "cpu") == "cpu" else []),
+        *([gpu_facts(machine)] if on_gpu else []),
+        f"ceilings: {arithmetic} {rates}; copy {roofs['copy']:.1f} GB/s",
+        *([] if on_gpu else [allocator]),
     ]
 
 
