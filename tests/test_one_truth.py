@@ -160,4 +160,7 @@ def test_backends_pair(dtype, backend):
         if other.device == "cpu" and not dispatch.refusals(other, request):
             grads = other.attention_backward(call, x["dout"], None, out, lse, low, needs)
             for i, name in ((0, "dq"), (1, "dk"), (2, "dv"), (4, "dsinks")):
-                testing.assert_error_law(name, grads[i], naive[i], exact[i])
+                if dtype is torch.float64:
+                    torch.testing.assert_close(grads[i], exact[i])
+                else:
+                    testing.assert_error_law(name, grads[i], naive[i], exact[i])
