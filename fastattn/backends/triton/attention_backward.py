@@ -41,7 +41,7 @@ from .attention_config import (
 )
 from .attention_forward import Order
 from .attention_tile import problem_of, static_of
-from .kernel import Launch, View, architecture, describe
+from .kernel import DESCRIPTORS_IN_TUPLES, Launch, View, architecture, describe
 from .tuned import tuned
 
 
@@ -198,9 +198,8 @@ class BackwardPlan:
     ) -> None:
         """``walked``: the tensors of which the kernel's loops fetch tiles."""
         tensors = {"q": self.call.q, "k": self.call.k, "v": self.call.v, "dout": self.dout}
-        static = static_of(
-            self.call, self.problem.score, config, tuple(tensors[name] for name in walked)
-        )
+        described = tuple(tensors[name] for name in walked) if DESCRIPTORS_IN_TUPLES else ()
+        static = static_of(self.call, self.problem.score, config, described)
         x = self.x
         if static.tma:
             rows = config.block_m if "q" in walked else config.block_n

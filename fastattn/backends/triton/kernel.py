@@ -13,6 +13,8 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+# Triton 3.6 loses the constants of a tuple that holds a descriptor, where functions pass it on.
+DESCRIPTORS_IN_TUPLES = not triton.__version__.startswith("3.6.")
 LOG2E = 1.4426950408889634  # exp(x) = exp2(x * LOG2E)
 
 
