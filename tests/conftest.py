@@ -13,9 +13,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 import torch
+from here import BACKENDS, INTERPRETED
 from hypothesis import HealthCheck, settings
 
-import fastattn
 from fastattn import dispatch
 
 settings.register_profile(
@@ -28,12 +28,7 @@ settings.register_profile(
 settings.load_profile("fastattn")
 
 
-# Tensors of the tests lie in the CPU's memory: a backend for another device has its own tests.
-AVAILABLE = fastattn.backends().available
-BACKENDS = [name for name in AVAILABLE if dispatch.BACKENDS[name].device == "cpu"]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if INTERPRETED:  # a process for the triton backend alone, started by test_triton.py
-    BACKENDS = ["triton"]
+if INTERPRETED:
     sys.path.insert(0, str(Path(__file__).parent / "interpreted"))
     import sanitizer
 

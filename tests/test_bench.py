@@ -214,7 +214,7 @@ def test_a_wrong_result_is_never_timed(monkeypatch):
 def test_forward_and_backward_share_a_check(monkeypatch):
     proved = []
 
-    def prove(case, backend, backward):
+    def prove(case, backend, backward, device):
         proved.append(backward)
         return runner.proof.Verdict(str(case), case.op, "reference")
 
@@ -295,13 +295,13 @@ def test_a_file_that_is_no_report_is_a_value_error(tmp_path, text):
 
 def test_the_table_shows_ratio_goal_and_verdict():
     cells = [c if isinstance(c, str) else c[0] for c in report.row(make_result(ratio=1.5))]
-    assert len(cells) == len(report.COLUMNS)
+    assert len(cells) == len(report.columns())
     assert cells[0] == "full_s512_d64-float32"
     assert cells[5:] == ["1.50x", "1.35-1.65", "1.3x", "ok", "80 GFLOP/s", "80%"]
     below = report.row(make_result(ratio=1.2))
     assert ("below", "red") in below
     failed = report.row(make_result(failure="dk is wrong"))
-    assert len(failed) == len(report.COLUMNS)
+    assert len(failed) == len(report.columns())
     assert failed[1][0] == "failed"
 
 

@@ -5,19 +5,29 @@ import torch
 
 import fastattn
 from fastattn import proof, testing
-from fastattn.backends import BACKENDS
+from fastattn.backends import BACKENDS as BY_NAME
+from fastattn.bench.gpu_table import BENCHMARKS
 from fastattn.cases import CASES, DTYPES
 
-TRITON = BACKENDS["triton"]
+TRITON = BY_NAME["triton"]
 if TRITON.device != "cuda" or TRITON.unavailable() is not None:
     pytest.skip("no GPU for the kernels", allow_module_level=True)
 SERVED = [case.with_dtype(dtype) for case in CASES for dtype in DTYPES if dtype.itemsize < 8]
+# As large as what is timed: many tiles, descriptors, specialised warps, split keys, looped rows.
+LARGE = dict.fromkeys(benchmark.case for benchmark in BENCHMARKS if benchmark.quick)
 
 
 @pytest.mark.parametrize("case", SERVED, ids=str)
 def test_case(case):
     with testing.poisoned_empty():
         verdict = proof.prove(case, "triton")
+    assert verdict.passed and not verdict.refusal, verdict.problem or verdict.refusal
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_large_case(case):
+    verdict = proof.prove(case, "triton")
     assert verdict.passed and not verdict.refusal, verdict.problem or verdict.refusal
 
 
