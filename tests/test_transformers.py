@@ -2,9 +2,11 @@
 
 import copy
 import pickle
+import runpy
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -301,3 +303,15 @@ def test_pytest_sees_no_warning():
         model = eager("llama")
         fastattn.patch(model)
         model(**inputs("llama")[0])
+
+
+def test_the_offline_example(capsys):
+    """The text-generation pipeline and a sequence classifier, as eager's."""
+    pytest.importorskip("tokenizers")
+    example = runpy.run_path(
+        str(Path(__file__).parents[1] / "examples" / "transformers_offline.py")
+    )
+    assert example["main"]([]) == 0
+    said = capsys.readouterr().out
+    assert 'config: attn_implementation="fastattn"' in said or "fastattn.nn.LayerNorm" in said
+    assert "losses with fastattn" in said
