@@ -2,9 +2,9 @@
 
     python examples/transformers_offline.py
 
-The text-generation pipeline on a small GPT-2, and the training of AutoModelForSequenceClassification
-on a small BERT, each with attn_implementation="fastattn" and norms swapped by patch, beside the
-same models with "eager". Needs transformers and tokenizers: pip install '.[examples]'.
+The text-generation pipeline on a small GPT-2, and AutoModelForSequenceClassification of a small
+BERT, trained for a few steps, each with attn_implementation="fastattn" and norms swapped by patch,
+beside the same models with "eager". Needs transformers and tokenizers: pip install '.[examples]'.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def generate(tokenizer: PreTrainedTokenizerFast, attention: str) -> list[str]:
     return [answers[0]["generated_text"] for answers in pipeline(prompts, **options)]
 
 
-def classify(tokenizer: PreTrainedTokenizerFast, attention: str, epochs: int = 3) -> list[float]:
+def classify(tokenizer: PreTrainedTokenizerFast, attention: str, epochs: int = 10) -> list[float]:
     """The losses of training a classifier of praise and blame."""
     torch.manual_seed(0)
     config = BertConfig(
@@ -93,7 +93,7 @@ def classify(tokenizer: PreTrainedTokenizerFast, attention: str, epochs: int = 3
     batch = tokenizer([*GOOD, *BAD], padding=True, padding_side="right", return_tensors="pt")
     batch.pop("token_type_ids", None)
     labels = torch.tensor([1] * len(GOOD) + [0] * len(BAD))
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     losses = []
     for _ in range(epochs):
         loss = model(**batch, labels=labels).loss
