@@ -115,10 +115,10 @@ def unpatch(model: nn.Module) -> Report:
             plan.append((module, original))
             report.replaced[name] = f"{original.__module__}.{original.__qualname__}"
     _swap(plan, restoring=True)
-    for name, top in _transformers_models(model):
-        implementation = top.__dict__.pop(_ATTENTION, None)
+    for name, module in model.named_modules():  # the outer first: it tells its parts
+        implementation = module.__dict__.pop(_ATTENTION, None)
         if implementation is not None:
-            top.set_attn_implementation(implementation)
+            module.config._attn_implementation = implementation
             where = f"{name}.config".lstrip(".")
             report.replaced[where] = f'attn_implementation="{implementation}"'
     return report
@@ -281,6 +281,10 @@ def _attend_by_fastattn(name: str, top: Any, report: Report) -> None:
         return
     integration.register()
     top.__dict__[_ATTENTION] = before
+    library = sys.modules["transformers.modeling_utils"]
+    for part in top.modules():  # a part may have a configuration, and an attention, of its own
+        if isinstance(part, library.PreTrainedModel) and part.config is not top.config:
+            part.__dict__[_ATTENTION] = part.config._attn_implementation
     top.set_attn_implementation(integration.NAME)
     report.replaced[where] = f'attn_implementation="{integration.NAME}"'
 

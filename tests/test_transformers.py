@@ -225,6 +225,18 @@ def test_a_model_inside_another():
     assert model.backbone.config._attn_implementation == "eager"
 
 
+def test_parts_get_their_own_attention_back():
+    model = eager("t5")
+    assert model.encoder.config is not model.config
+    model.encoder.config._attn_implementation = "sdpa"
+    fastattn.patch(model)
+    assert model.encoder.config._attn_implementation == "fastattn"
+    fastattn.unpatch(model)
+    assert model.encoder.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == "eager"
+    assert model.decoder.config._attn_implementation == "eager"
+
+
 def test_the_model_is_not_left_half_patched(monkeypatch):
     model = eager("llama")
     before = [type(module) for module in model.modules()]
