@@ -50,7 +50,30 @@ class override(TorchFunctionMode):
                 if func is theirs:
                     return mine(*args, **kwargs)
             return func(*args, **kwargs)
+        again = _BACKWARDS.get(func)
+        if again is not None:
+            with self:  # what is checkpointed is computed again in there, by our kernels again
+                return again(*args, **kwargs)
         return torch_calls.ROUTES.get(func, func)(*args, **kwargs)
+
+
+def _backward_of(
+    tensor: Tensor,
+    gradient: Any = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    inputs: Any = None,
+) -> None:
+    """Tensor.backward, of which a torch function mode is not told."""
+    _backward(tensor, gradient, retain_graph, create_graph, inputs=inputs)
+
+
+_backward = torch_calls.bound(torch.autograd.backward)
+_BACKWARDS = {
+    Tensor.backward: _backward_of,
+    torch.autograd.backward: _backward,
+    torch.autograd.grad: torch_calls.bound(torch.autograd.grad),
+}
 
 
 # ------------------------------------------------------------------- torch's registry of kernels
@@ -152,10 +175,10 @@ def _cpu_backward(
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     arguments = _arguments(query, key, value, attn_mask, None, dropout_p, is_causal, scale)
-    return _backward(grad_out, out, logsumexp, arguments)
+    return _gradients(grad_out, out, logsumexp, arguments)
 
 
-def _backward(
+def _gradients(
     grad_out: Tensor, out: Tensor, lse: Tensor, arguments: tuple[Any, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
     needs = [True, True, True, False, False]
@@ -203,4 +226,4 @@ def _cuda_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     seed = philox_seed if dropout_p else None
     arguments = _arguments(query, key, value, None, seed, dropout_p, is_causal, scale)
-    return _backward(grad_out, out, logsumexp, arguments)
+    return _gradients(grad_out, out, logsumexp, arguments)

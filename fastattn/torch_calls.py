@@ -143,22 +143,19 @@ def _to_float32(x: Any) -> Any:
     return x if x is None or x.dtype is torch.float64 else x.to(torch.float32)
 
 
-def _bound_to_ours(function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch's own Python function, in which the names of the calls above mean ours.
+def bound(function: Callable[..., Any], **names: Any) -> Callable[..., Any]:
+    """torch's own Python function, in which these names mean what is given.
 
-    A torch function mode sees such a function as one call, and what it calls in turn no more.
+    A torch function mode sees such a function as one call, and what it calls in turn no more; this
+    one does not ask for modes.
     """
-    names = function.__globals__ | {
-        "scaled_dot_product_attention": scaled_dot_product_attention,
-        "softmax": softmax,
-        "has_torch_function": lambda tensors: False,
-    }
-    del names["__name__"]  # by which torch.compile would find the module, and torch's names in it
-    bound = types.FunctionType(
-        function.__code__, names, function.__name__, function.__defaults__, function.__closure__
+    scope = function.__globals__ | {"has_torch_function": lambda tensors: False} | names
+    del scope["__name__"]  # by which torch.compile would find the module, and torch's names in it
+    made = types.FunctionType(
+        function.__code__, scope, function.__name__, function.__defaults__, function.__closure__
     )
-    bound.__kwdefaults__ = function.__kwdefaults__
-    return bound
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
 
 
 ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
@@ -166,6 +163,10 @@ ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.layer_norm: layer_norm,
     F.rms_norm: rms_norm,
     F.softmax: softmax,
-    F.multi_head_attention_forward: _bound_to_ours(F.multi_head_attention_forward),
+    F.multi_head_attention_forward: bound(
+        F.multi_head_attention_forward,
+        scaled_dot_product_attention=scaled_dot_product_attention,
+        softmax=softmax,
+    ),
 }
 """torch's function -> ours with the same signature."""

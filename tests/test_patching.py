@@ -552,6 +552,32 @@ def test_override_compiles():
         torch.testing.assert_close(torch.compile(F.softmax, backend="eager")(x, -1), x.softmax(-1))
 
 
+@pytest.mark.parametrize("way", ["backward", "autograd.backward", "grad"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_override_in_a_backward_that_computes_again(way, reentrant):
+    def attend(x):
+        return F.scaled_dot_product_attention(x, x, x, dropout_p=0.5)
+
+    grads = []
+    for checkpointed in (False, True):
+        if way == "grad" and reentrant:
+            pytest.skip("torch refuses it")
+        x = randn(1, 2, 5, 4).requires_grad_()
+        torch.manual_seed(0)
+        with fastattn.override():
+            if checkpointed:
+                y = torch.utils.checkpoint.checkpoint(attend, x, use_reentrant=reentrant)
+            else:
+                y = attend(x)
+            loss = y.square().sum()
+            if way == "grad":
+                grads.append(torch.autograd.grad(loss, x)[0])
+                continue
+            loss.backward() if way == "backward" else torch.autograd.backward(loss)
+            grads.append(x.grad)
+    torch.testing.assert_close(*grads)
+
+
 def test_every_route_has_torchs_signature():
     import inspect
 
