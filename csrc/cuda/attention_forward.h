@@ -179,16 +179,6 @@ struct Forward {
   }
 };
 
-// Rows [first, first + kRows) of one head, or nothing beyond the end.
-template <typename T, int kRows, int kHeadDim>
-FASTATTN_DEVICE void copy_rows(const Tile<kRows, kHeadDim>& tile, const View& v, int b, int h,
-                               int first, int rows, int width, bool aligned) {
-  const T* head = static_cast<const T*>(v.data) + b * v.stride[0] + h * v.stride[1];
-  copy_tile(tile, width, v.stride[3], aligned, head, [&](int r) -> const T* {
-    return first + r < rows ? head + int64_t(first + r) * v.stride[2] : nullptr;
-  });
-}
-
 template <typename T, int kHeadDim, bool kModified>
 FASTATTN_KERNEL(kAttentionThreads, 1)
 attention_forward_kernel(FASTATTN_PARAMS ForwardCall c) {
@@ -284,12 +274,12 @@ attention_forward_kernel(FASTATTN_PARAMS ForwardCall c) {
   sync_warp();
   FASTATTN_UNROLL
   for (int r = 0; r < kRowTiles; ++r)
-    fragments_to_tile<T, kHeadDim>(q_tile, state.warp_row + 16 * r, state.o[r], factor[2 * r],
+    fragments_to_tile<T, kHeadDim>(q_tile, state.warp_row + 16 * r, 0, state.o[r], factor[2 * r],
                                    factor[2 * r + 1]);
   sync_warp();
   T* out = static_cast<T*>(p.out.data) + state.batch * p.out.stride[0];
-  store_rows<T, 16 * kRowTiles>(
-      q_tile, state.warp_row, p.v_dim, p.out.stride[3], p.out_aligned, [&](int r) -> T* {
+  store_rows<T, 16 * kRowTiles, kHeadDim / 8>(
+      q_tile, state.warp_row, 0, p.v_dim, p.out.stride[3], p.out_aligned, [&](int r) -> T* {
         const int i = state.query(first_row + r);
         return i < p.q_len ? out + state.head(first_row + r) * p.out.stride[1] + i * p.out.stride[2]
                            : nullptr;

@@ -1,6 +1,7 @@
 // How a call of attention becomes launches; and the kernels that know no head dim.
 #include <algorithm>
 
+#include "attention_backward.h"
 #include "attention_forward.h"
 #include "head_dims.h"
 
@@ -50,7 +51,10 @@ void merge(const ForwardCall& c, const Device& device) {
 size_t attention_shared_bytes(int64_t head_dim) {
   if (head_dim > kMaxHeadDim) return 0;
   size_t bytes = 0;
-  with_head_dim(head_dim, [&](auto n) { bytes = ForwardShape<decltype(n)::value, false>::kBytes; });
+  with_head_dim(head_dim, [&](auto n) {
+    constexpr int kHeadDim = decltype(n)::value;
+    bytes = std::max(ForwardShape<kHeadDim, false>::kBytes, BackwardShape<kHeadDim>::kBytes);
+  });
   return bytes;
 }
 
@@ -107,6 +111,41 @@ void attention_forward(const AttentionParams& p, const ForwardPlan& plan, float*
     merge<bf16>(c, device);
   else
     merge<f16>(c, device);
+}
+
+int64_t attention_backward_floats(const AttentionParams& p) {
+  return 4 * p.shape.batch * p.shape.q_heads * p.shape.q_len;
+}
+
+void attention_backward(const AttentionParams& p, const AttentionGrads& g, float* workspace,
+                        const Device& device) {
+  const AttentionShape& s = p.shape;
+  if (empty(s)) return;
+  BackwardCall c{};
+  c.p = problem_of(p);
+  c.p.dout = g.dout;
+  c.p.dout_aligned = rows_are_aligned(g.dout, s.v_dim);
+  c.lse = static_cast<const float*>(p.lse);
+  c.dlse = static_cast<const float*>(g.dlse);
+  const int64_t rows = s.batch * s.q_heads * s.q_len;
+  c.rows = {workspace, workspace + rows, workspace + 2 * rows, workspace + 3 * rows};
+  c.delta_out = static_cast<float*>(g.delta);
+  c.dq = g.dq;
+  c.dk = g.dk;
+  c.dv = g.dv;
+  c.dq_aligned = rows_are_aligned(g.dq, s.head_dim);
+  c.dk_aligned = rows_are_aligned(g.dk, s.head_dim);
+  c.dv_aligned = rows_are_aligned(g.dv, s.v_dim);
+  c.dbias = g.dbias;
+  c.own_batches = g.dbias.stride[0] ? int(s.batch) : 1;
+  c.own_heads = g.dbias.stride[1] ? int(s.q_heads) : 1;
+  c.shares_queries = g.dbias.stride[2] == 0;
+  c.shares_keys = g.dbias.stride[3] == 0;
+  constexpr int64_t kTile = 32;  // no kernel's is smaller
+  const int64_t most = ceil_div(std::max(s.q_len, s.k_len), kTile);
+  check_sizes(s, s.batch * s.q_heads * most * (g.dbias ? most : 1));
+  with_head_dim(std::max(s.head_dim, s.v_dim),
+                [&](auto n) { attention_backward_of<decltype(n)::value>(p.dtype, c, device); });
 }
 
 }  // namespace fastattn

@@ -1,5 +1,6 @@
 // Tiles in shared memory, and their products on tensor cores.
 #pragma once
+#include "params.h"
 #include "ptx.h"
 
 namespace fastattn {
@@ -60,13 +61,24 @@ FASTATTN_DEVICE void copy_tile(const Tile<kRows, kColumns>& tile, int width, int
   }
 }
 
-// The reverse, by one warp: kRows rows of the tile from first_row on.
-template <typename T, int kCopied, int kRows, int kColumns, typename Row>
-FASTATTN_DEVICE void store_rows(const Tile<kRows, kColumns>& tile, int first_row, int width,
-                                int64_t column_stride, bool aligned, Row row) {
-  constexpr int kChunks = kColumns / 8;
-  for (int at = thread_x() % 32; at < kCopied * kChunks; at += 32) {
-    const int r = at / kChunks, chunk = at % kChunks;
+// Rows [first, first + kRows) of one head, or nothing beyond the end.
+template <typename T, int kRows, int kHeadDim>
+FASTATTN_DEVICE void copy_rows(const Tile<kRows, kHeadDim>& tile, const View& v, int b, int h,
+                               int first, int rows, int width, bool aligned) {
+  const T* head = static_cast<const T*>(v.data) + b * v.stride[0] + h * v.stride[1];
+  copy_tile(tile, width, v.stride[3], aligned, head, [&](int r) -> const T* {
+    return first + r < rows ? head + int64_t(first + r) * v.stride[2] : nullptr;
+  });
+}
+
+// The reverse, by one warp: kCopied rows of the tile from first_row on, kChunksStored groups of
+// columns of each from first_chunk on.
+template <typename T, int kCopied, int kChunksStored, int kRows, int kColumns, typename Row>
+FASTATTN_DEVICE void store_rows(const Tile<kRows, kColumns>& tile, int first_row, int first_chunk,
+                                int width, int64_t column_stride, bool aligned, Row row) {
+  FASTATTN_NO_UNROLL
+  for (int at = thread_x() % 32; at < kCopied * kChunksStored; at += 32) {
+    const int r = at / kChunksStored, chunk = first_chunk + at % kChunksStored;
     T* to = row(first_row + r);
     if (to == nullptr || chunk * 8 >= width) continue;
     const Bytes16 numbers = *reinterpret_cast<const Bytes16*>(tile.at(first_row + r, chunk));
@@ -106,11 +118,12 @@ FASTATTN_DEVICE void load_b_transposed(uint32_t (&b)[4], const Tile<kRows, kColu
   load_matrices_transposed(b, tile.at(row + (lane & 15), 2 * n + (lane >> 4)));
 }
 
-// c[rows][columns / 8] = a . b^T of kRowTiles x 16 rows of `a` from a_row on and kN rows of `b`.
+// c[rows][columns / 8] = a . b^T of kRowTiles x 16 rows of `a` from a_row on and kN rows of `b`
+// from b_row on.
 template <typename T, int kRowTiles, int kN, int kRowsA, int kRowsB, int kColumns>
 FASTATTN_DEVICE void multiply_rows(float (&c)[kRowTiles][kN / 8][4],
                                    const Tile<kRowsA, kColumns>& a, int a_row,
-                                   const Tile<kRowsB, kColumns>& b) {
+                                   const Tile<kRowsB, kColumns>& b, int b_row = 0) {
   FASTATTN_UNROLL
   for (int r = 0; r < kRowTiles; ++r) FASTATTN_UNROLL
   for (int n = 0; n < kN / 8; ++n) FASTATTN_UNROLL
@@ -123,7 +136,7 @@ FASTATTN_DEVICE void multiply_rows(float (&c)[kRowTiles][kN / 8][4],
     FASTATTN_UNROLL
     for (int n = 0; n < kN / 16; ++n) {
       uint32_t fb[4];
-      load_b(fb, b, 16 * n, k);
+      load_b(fb, b, b_row + 16 * n, k);
       FASTATTN_UNROLL
       for (int r = 0; r < kRowTiles; ++r) {
         multiply<T>(c[r][2 * n], fa[r], fb[0], fb[1]);
@@ -162,15 +175,17 @@ FASTATTN_DEVICE void multiply_columns(float (&c)[kRowTiles][kOut / 8][4],
   }
 }
 
-// Writes 16 rows of float32 fragments, times factor, into a tile.
+// Writes 16 rows of float32 fragments, times a factor for each half, into columns of a tile from
+// first_chunk on.
 template <typename T, int kOut, int kRows, int kColumns>
-FASTATTN_DEVICE void fragments_to_tile(const Tile<kRows, kColumns>& tile, int row,
+FASTATTN_DEVICE void fragments_to_tile(const Tile<kRows, kColumns>& tile, int row, int first_chunk,
                                        const float (&c)[kOut / 8][4], float upper, float lower) {
   const int lane = thread_x() % 32;
   FASTATTN_UNROLL
   for (int n = 0; n < kOut / 8; ++n) {
-    auto* top = reinterpret_cast<uint32_t*>(tile.at(row + lane / 4, n)) + lane % 4;
-    auto* bottom = reinterpret_cast<uint32_t*>(tile.at(row + lane / 4 + 8, n)) + lane % 4;
+    const int chunk = first_chunk + n;
+    auto* top = reinterpret_cast<uint32_t*>(tile.at(row + lane / 4, chunk)) + lane % 4;
+    auto* bottom = reinterpret_cast<uint32_t*>(tile.at(row + lane / 4 + 8, chunk)) + lane % 4;
     *top = pack<T>(c[n][0] * upper, c[n][1] * upper);
     *bottom = pack<T>(c[n][2] * lower, c[n][3] * lower);
   }

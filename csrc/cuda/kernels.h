@@ -29,6 +29,11 @@ ForwardPlan attention_forward_plan(const AttentionParams& params, int multiproce
 void attention_forward(const AttentionParams& params, const ForwardPlan& plan, float* workspace,
                        const Device& device);
 
+// workspace: attention_backward_floats(params) of float32. grads.dbias is float32.
+int64_t attention_backward_floats(const AttentionParams& params);
+void attention_backward(const AttentionParams& params, const AttentionGrads& grads,
+                        float* workspace, const Device& device);
+
 // What a block of the attention kernels needs of shared memory, for head dims up to this one; 0:
 // none serves it.
 size_t attention_shared_bytes(int64_t head_dim);

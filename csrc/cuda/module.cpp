@@ -55,6 +55,20 @@ void bind_attention_forward(const py::tuple& problem, int parts, const py::objec
   attention_forward(p, plan, floats, d);
 }
 
+int64_t bind_backward_floats(const py::tuple& problem) {
+  return attention_backward_floats(attention_call(problem));
+}
+
+void bind_attention_backward(const py::tuple& problem, const py::tuple& grads,
+                             const py::object& workspace, const py::tuple& device) {
+  const AttentionParams p = attention_call(problem);
+  const AttentionGrads g = attention_grads(grads);
+  auto* floats = static_cast<float*>(address(workspace));
+  const Device d = device_of(device);
+  const py::gil_scoped_release release;
+  attention_backward(p, g, floats, d);
+}
+
 // sizes: n0, n1, n2 (the rows), width, dtype, weight_dtype, bias_dtype, rms.
 // addresses: weight, bias, mean, rstd; 0 for none.
 LayerNormParams layer_norm_call(const py::tuple& sizes, const py::object& x,
@@ -176,6 +190,8 @@ PYBIND11_MODULE(FASTATTN_MODULE, m) {
   m.def("attention_shared_bytes", &attention_shared_bytes);
   m.def("attention_forward_plan", &bind_forward_plan);
   m.def("attention_forward", &bind_attention_forward);
+  m.def("attention_backward_floats", &bind_backward_floats);
+  m.def("attention_backward", &bind_attention_backward);
   m.def("layer_norm_forward", &bind_layer_norm_forward);
   m.def("layer_norm_backward", &bind_layer_norm_backward);
   m.def("softmax_forward", &bind_softmax_forward);

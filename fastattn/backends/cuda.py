@@ -139,6 +139,64 @@ class CudaBackend(Backend):
             self.module.attention_forward(problem, parts, workspace.data_ptr(), self.where(q))
         return out, lse, None
 
+    def attention_backward(
+        self,
+        call: AttentionCall,
+        dout: Tensor,
+        dlse: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        lse_low: Tensor | None,
+        needs: Needs,
+    ) -> tuple[Tensor | None, ...]:
+        q, bias, sinks = call.q, call.bias, call.sinks
+        # With no keys, or no queries, nothing is summed and nothing written.
+        empty = 0 in (*q.shape, *call.k.shape)
+        new = torch.zeros_like if empty else torch.empty_like
+        dq, dk, dv = (
+            new(tensor) if need else None
+            for tensor, need in zip((q, call.k, call.v), needs, strict=False)
+        )
+        dbias = dbias_view = None
+        if bias is not None and needs[3]:
+            shape = [
+                size if step else 1 for size, step in zip(bias.shape, bias.stride(), strict=True)
+            ]
+            dbias = (lse.new_zeros if empty else lse.new_empty)(shape)
+            strides = (
+                step if other else 0
+                for step, other in zip(dbias.stride(), bias.stride(), strict=True)
+            )
+            dbias_view = (dbias.data_ptr(), *strides)
+        delta = torch.empty_like(lse)
+        lse = lse.contiguous()
+        dlse = None if dlse is None else dlse.float().contiguous()
+        problem = attention_problem(call, out, lse)
+        with _on_device_of(q):
+            floats = self.module.attention_backward_floats(problem)
+            workspace = torch.empty(floats, dtype=torch.float32, device=q.device)
+            grads = (
+                _view(dout),
+                _address(dlse),
+                delta.data_ptr(),
+                _view(dq),
+                _view(dk),
+                _view(dv),
+                dbias_view,
+            )
+            self.module.attention_backward(problem, grads, workspace.data_ptr(), self.where(q))
+        dsinks = None
+        if sinks is not None and needs[4]:
+            # The sink's probability is exp(sink - lse); its value is zero, so its dp is too.
+            # One number gathers from every row: in float64.
+            share = torch.exp(sinks.double()[:, None] - lse.double())
+            share = share.masked_fill(lse == -math.inf, 0.0)
+            dlogit = share * (delta if dlse is None else delta - dlse)
+            dsinks = -dlogit.sum((0, 2)).to(sinks.dtype)
+        if bias is not None and dbias is not None:
+            dbias = dbias.to(bias.dtype)
+        return dq, dk, dv, dbias, dsinks
+
     # ------------------------------------------------------------------------------ layer norm
 
     def layer_norm_forward(
