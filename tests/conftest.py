@@ -36,6 +36,15 @@ if INTERPRETED:  # a process for the triton backend alone, started by test_trito
     BACKENDS = ["triton"]
     sys.path.insert(0, str(Path(__file__).parent / "interpreted"))
     import sanitizer
+EMULATED = os.environ.get("FASTATTN_TEST_CUDA_MODULE")
+if EMULATED:  # a process for the cuda backend in the emulator alone, started by test_cuda.py
+    from fastattn.backends.cuda import CudaBackend
+
+    sys.path.insert(0, str(Path(__file__).parent / "emulator"))
+    import build
+
+    dispatch.BACKENDS["cuda"] = CudaBackend(build.load(EMULATED))
+    BACKENDS = ["cuda"]
 
 
 @pytest.fixture(params=BACKENDS)
@@ -75,5 +84,7 @@ def pytest_runtest_call(item):
         return (yield)
     except (ValueError, AssertionError) as error:
         if INTERPRETED and re.search(r"serves float32.*got torch\.float64", str(error)):
+            pytest.skip(str(error))
+        if EMULATED and re.search(r"serves (float32|attention in).*got torch\.float", str(error)):
             pytest.skip(str(error))
         raise

@@ -238,7 +238,8 @@ attention_forward_kernel(FASTATTN_PARAMS ForwardCall c) {
       all += state.o[n / 2][t][n % 2 * 2] + state.o[n / 2][t][n % 2 * 2 + 1];
     const bool large =
         fabsf(state.max[n]) * fabsf(p.factor) > kLargeExponent && !is_hidden(state.max[n]);
-    finite[n] = large ? float_of(0x7FC00000u) : quad_sum(all);
+    all = quad_sum(all);
+    finite[n] = large ? float_of(0x7FC00000u) : all;
   }
 
   if (c.parts.count > 1) {

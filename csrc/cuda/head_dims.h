@@ -1,13 +1,19 @@
-// The head dims that there are kernels of; those between take the next one.
+// The head dims that there are kernels of, ascending; those between take the next one. A quick
+// build, such as some of the tests', may have fewer.
 #pragma once
 #include <stdexcept>
 #include <string>
 
+#ifndef FASTATTN_HEAD_DIMS
 #define FASTATTN_HEAD_DIMS(f) f(32) f(64) f(96) f(128) f(192) f(256)
+#endif
 
 namespace fastattn {
 
-constexpr int64_t kMaxHeadDim = 256;
+#define FASTATTN_ITEM(n) n,
+constexpr int kHeadDims[] = {FASTATTN_HEAD_DIMS(FASTATTN_ITEM)};
+#undef FASTATTN_ITEM
+constexpr int64_t kMaxHeadDim = kHeadDims[sizeof(kHeadDims) / sizeof(int) - 1];
 
 // Calls f(std::integral_constant<int, n>{}) with the least n that holds head_dim.
 template <typename F>

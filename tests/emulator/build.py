@@ -3,6 +3,7 @@
 A folder keeps its objects: what has not changed is not compiled again.
 """
 
+import importlib.util
 import os
 import re
 import shlex
@@ -57,6 +58,8 @@ def build(folder, sanitizer="", main=None, sources=SOURCES, head_dims=HEAD_DIMS,
     if main is None:
         include += [pybind11.get_include(), sysconfig.get_path("include")]
     common = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-g1", "-DFASTATTN_EMULATE"]
+    if head_dims != HEAD_DIMS:
+        common.append(f"-DFASTATTN_HEAD_DIMS(f)={' '.join(f'f({n})' for n in head_dims)}")
     common += [f"-I{path}" for path in include] + ["-x", "c++"]
     objects = [
         ("emulator", EMULATOR / "emulator.cpp", ["-O2", *emulator]),
@@ -94,6 +97,14 @@ def build(folder, sanitizer="", main=None, sources=SOURCES, head_dims=HEAD_DIMS,
     )
     assert done.returncode == 0, done.stdout[-4000:]
     return target
+
+
+def load(path):
+    """The module at ``path``, which is in no package."""
+    spec = importlib.util.spec_from_file_location(NAME, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def jobs():

@@ -35,6 +35,12 @@ namespace {
 constexpr int kLanes = 32;
 constexpr int kMaxThreads = 1024;
 constexpr int kBarriers = 16;
+#ifdef EMULATOR_TSAN
+constexpr int kSets = 3;
+#else
+constexpr int kSets = 1;
+#endif
+constexpr size_t kMaxCopies = 1024;       // under way, of a thread
 constexpr size_t kMaxShared = 227 << 10;  // of sm_90
 
 struct Copy {
@@ -52,7 +58,7 @@ struct Thread {
   Where where{};
   bool (*ready)(void*) = nullptr;
   void* ready_state = nullptr;
-  std::vector<Copy> copies;  // under way
+  std::vector<Copy> copies;  // under way; room for kMaxCopies, made by the host
   int64_t group = 0;         // that the next copy belongs to
 };
 
@@ -72,7 +78,7 @@ struct Barrier {
   Where where{};
   int count = 0, arrived = 0, generation = 0;
   bool any = false, result = false;
-  std::vector<int> waiting;
+  uint32_t waiting[kMaxThreads / kLanes] = {};  // lanes of each warp
   char sync[2];
 };
 
@@ -83,15 +89,19 @@ struct Machine {
   std::mt19937_64 chance;
   const Launch* launch = nullptr;
   int64_t block[3] = {0, 0, 0};
-  std::unique_ptr<Thread> threads[kMaxThreads];
+  // ThreadSanitizer has a thread of its own for each thread of kSets blocks, which is slow to make;
+  // only blocks so far apart in the launch are ordered, as if one had waited for the other.
+  std::unique_ptr<Thread> sets[kSets][kMaxThreads];
+  std::unique_ptr<Thread>* threads = sets[0];  // of the running block
   Warp warps[kMaxThreads / kLanes];
   int warp_count = 0;
   Barrier barriers[kBarriers];
   unsigned char* shared = nullptr;
+  std::vector<void*> left;  // shared memory of blocks that have ended
   Context host;
   Thread* running = nullptr;
   std::string failure;
-  char end_of_launch = 0;
+  char start = 0, end_of_launch = 0;
   std::map<std::string, int> conflicts;
 };
 
@@ -199,6 +209,7 @@ void wait_here(Machine& m, const char* name, Where where) {
 void thread_main() {
   Machine& m = machine();
   m.running->context.arrived();
+  __tsan_acquire(&m.start);
   m.launch->body(m.launch->params);
   Thread& t = *m.running;
   if (!t.copies.empty())
@@ -220,8 +231,9 @@ void thread_main() {
   std::abort();  // never resumed
 }
 
-void run_block(Machine& m) {
+void run_block(Machine& m, int set) {
   const Launch& l = *m.launch;
+  m.threads = m.sets[set];
   m.warp_count = l.threads / kLanes;
   // Exactly as large as asked for, so that AddressSanitizer sees the end; full of NaNs.
   const size_t bytes = l.shared_bytes ? l.shared_bytes : 1;
@@ -230,7 +242,10 @@ void run_block(Machine& m) {
   m.shared = static_cast<unsigned char*>(block);
   std::memset(m.shared, 0xFF, bytes);
   for (int i = 0; i < l.threads; ++i) {
-    if (!m.threads[i]) m.threads[i] = std::make_unique<Thread>();
+    if (!m.threads[i]) {
+      m.threads[i] = std::make_unique<Thread>();
+      m.threads[i]->copies.reserve(kMaxCopies);
+    }
     Thread& t = *m.threads[i];
     t.index = i;
     t.done = false;
@@ -246,12 +261,17 @@ void run_block(Machine& m) {
   }
   for (Barrier& b : m.barriers) {
     b.arrived = 0;
-    b.waiting.clear();
+    for (uint32_t& lanes : b.waiting) lanes = 0;
   }
   m.running = nullptr;
+  __tsan_release(&m.start);
   go_to(m, next_ready(m));
-  std::free(block);
   m.shared = nullptr;
+#ifdef EMULATOR_TSAN
+  m.left.push_back(block);  // its threads and the host meet at the end of the launch
+#else
+  std::free(block);
+#endif
 }
 
 }  // namespace
@@ -294,9 +314,11 @@ void launch(const Launch& l) {
     m.block[0] = at % l.grid[0];
     m.block[1] = at / l.grid[0] % l.grid[1];
     m.block[2] = at / l.grid[0] / l.grid[1];
-    run_block(m);
+    run_block(m, int(n % kSets));
   }
   __tsan_acquire(&m.end_of_launch);
+  for (void* block : m.left) std::free(block);
+  m.left.clear();
   m.launch = nullptr;
   if (!m.failure.empty()) throw std::runtime_error("emulator: " + m.failure);
 }
@@ -377,10 +399,12 @@ bool sync_block(int id, int count, bool value, Where where) {
     b.arrived = 0;
     b.result = b.any;
     ++b.generation;
-    for (int t : b.waiting) m.warps[t / kLanes].ready |= 1u << (t % kLanes);
-    b.waiting.clear();
+    for (int w = 0; w < m.warp_count; ++w) {
+      m.warps[w].ready |= b.waiting[w];
+      b.waiting[w] = 0;
+    }
   } else {
-    b.waiting.push_back(index);
+    b.waiting[index / kLanes] |= 1u << (index % kLanes);
     m.warps[index / kLanes].ready &= ~(1u << (index % kLanes));
     wait_here(m, "a barrier of the block", where);
   }
@@ -429,6 +453,7 @@ void copy_async(void* shared, const void* source, int size, int bytes, Where whe
   // Until it has arrived there is nothing to rely on.
   __tsan_write_range(to, (unsigned long)size);
   __builtin_memset(to, 0xFF, size_t(size));
+  if (m.running->copies.size() == kMaxCopies) fail("copy: never waited for", where);
   m.running->copies.push_back(copy);
 }
 

@@ -22,7 +22,6 @@ void __asan_unpoison_memory_region(const volatile void* address, size_t size);
 extern "C" {
 void* __tsan_get_current_fiber();
 void* __tsan_create_fiber(unsigned flags);
-void __tsan_destroy_fiber(void* fiber);
 void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 }
 #endif
@@ -90,9 +89,7 @@ class Context {
     makecontext(&machine_, entry, 0);
 #endif
 #ifdef EMULATOR_TSAN
-    // A new one each time: threads of different blocks are not ordered.
-    if (tsan_) __tsan_destroy_fiber(tsan_);
-    tsan_ = __tsan_create_fiber(0);
+    if (!tsan_) tsan_ = __tsan_create_fiber(0);
 #endif
   }
 
