@@ -78,6 +78,7 @@ struct CarefulPair {
 template <typename T>
 FASTATTN_NOINLINE_DEVICE CarefulPair careful_pair(const BackwardCall& c, int b, int h, int i,
                                                   int j) {
+  note_rare("careful pair");
   const Problem& p = c.p;
   float tanh;
   const float x = careful_logit<T>(p, b, h, i, j, &tanh);

@@ -70,6 +70,7 @@ struct RowEnd {
 template <typename T>
 FASTATTN_NOINLINE_DEVICE void careful_row(const Problem& p, float* lse, int b, int h, int i) {
   const int lane = thread_x() % 32;
+  note_rare("careful row");
   float max, sum, tanh;
   careful_sum<T>(p, b, h, i, &max, &sum);
   const RowEnd end(p, h, max, sum);

@@ -41,7 +41,7 @@ template <int kHeadDim, bool kModified>
 struct ForwardShape {
   static constexpr int kRowTiles = kHeadDim <= 128 && !kModified ? 2 : 1;  // of 16 rows, a warp
   static constexpr int kM = 16 * kAttentionWarps * kRowTiles;
-  static constexpr int kN = kHeadDim <= 128 ? 64 : 32;
+  static constexpr int kN = kHeadDim <= (kModified ? 128 : 64) ? 64 : 32;
   static constexpr size_t kBytes = size_t(kM + 2 * kN) * kHeadDim * 2;
 };
 

@@ -11,8 +11,10 @@ namespace {
 // A walked head: its rows, tiles of them, and how many of its kind there are.
 struct Walk {
   bool grouped;
-  int64_t rows, tiles, heads, tile_keys;
+  int64_t rows, tiles, heads;
 };
+
+constexpr int64_t kChunk = 64;  // parts begin at multiples of every kernel's tile of keys
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -27,7 +29,6 @@ Walk walk_of(const AttentionParams& p) {
     const bool modified = problem_of(p).modified;
     w.tiles = ceil_div(
         w.rows, modified ? ForwardShape<kHeadDim, true>::kM : ForwardShape<kHeadDim, false>::kM);
-    w.tile_keys = ForwardShape<kHeadDim, true>::kN;
   });
   return w;
 }
@@ -63,11 +64,11 @@ ForwardPlan attention_forward_plan(const AttentionParams& p, int multiprocessors
   ForwardPlan plan;
   if (empty(p.shape)) return plan;
   const Walk w = walk_of(p);
-  const int64_t most = ceil_div(p.shape.k_len, 4 * w.tile_keys);
+  const int64_t most = ceil_div(p.shape.k_len, 4 * kChunk);
   const int64_t wanted = 2 * int64_t(multiprocessors) / std::max<int64_t>(w.tiles * w.heads, 1);
   int64_t parts = std::max<int64_t>(1, std::min({wanted, most, int64_t(128)}));
   if (parts > 1) {  // no empty ones
-    const int64_t chunk = ceil_div(p.shape.k_len, parts * w.tile_keys) * w.tile_keys;
+    const int64_t chunk = ceil_div(p.shape.k_len, parts * kChunk) * kChunk;
     parts = ceil_div(p.shape.k_len, chunk);
   }
   plan.parts = int(parts);
@@ -97,8 +98,7 @@ void attention_forward(const AttentionParams& p, const ForwardPlan& plan, float*
   c.together = int(std::min(together, w.heads));
   const int64_t rows = s.batch * s.q_heads * s.q_len;
   c.parts.count = plan.parts;
-  c.parts.chunk =
-      int(std::max<int64_t>(ceil_div(s.k_len, plan.parts * w.tile_keys), 1) * w.tile_keys);
+  c.parts.chunk = int(std::max<int64_t>(ceil_div(s.k_len, plan.parts * kChunk), 1) * kChunk);
   if (plan.parts > 1) {
     c.parts.acc = workspace;
     c.parts.max = workspace + rows * plan.parts * s.v_dim;

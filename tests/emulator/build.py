@@ -45,11 +45,36 @@ def kernels(sources, head_dims):
             yield path.stem, path, []
 
 
-def build(folder, sanitizer="", main=None, sources=SOURCES, head_dims=HEAD_DIMS, only=None):
+def including(name):
+    """The .cu files, without the suffix, that a file of csrc/cuda is part of."""
+    folder = SOURCES / "csrc/cuda"
+    found, texts = {name}, {path: path.read_text() for path in folder.iterdir()}
+    for _ in texts:
+        found |= {p.name for p, text in texts.items() if any(f'"{n}"' in text for n in found)}
+    return {Path(n).stem for n in found if n.endswith(".cu")}
+
+
+def runtime(name):
+    """The path of a sanitizer's library, which has to be loaded before Python."""
+    found = subprocess.run(
+        [compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    return found if os.path.isabs(found) else None
+
+
+def build(
+    folder,
+    sanitizer="",
+    main=None,
+    sources=SOURCES,
+    head_dims=HEAD_DIMS,
+    only=None,
+    others=None,
+):
     """The path of the extension module, or with ``main``, a source, of the program.
 
-    ``sources``: another tree, such as one with a mistake in it. ``only``: the names of the .cu
-    files that the program needs.
+    ``sources``: another tree, such as one with a mistake in it, of which the files ``only`` are
+    compiled; the objects of the others are those in the folder ``others``.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -71,8 +96,12 @@ def build(folder, sanitizer="", main=None, sources=SOURCES, head_dims=HEAD_DIMS,
     objects += [
         (name, path, ["-O1", *checked, *flags])
         for name, path, flags in kernels(sources, head_dims)
-        if only is None or path.stem in only
     ]
+    made = {o[0]: folder / f"{o[0]}.o" for o in objects}
+    if only is not None:
+        of_only = {name for name, path, _ in kernels(sources, head_dims) if path.stem in only}
+        made |= {name: others / f"{name}.o" for name in made if name not in of_only}
+        objects = [o for o in objects if o[0] in of_only]
     target = folder / ("program" if main else NAME + sysconfig.get_config_var("EXT_SUFFIX"))
     link = checked if main else ["-shared", *checked]
     lines = [
@@ -86,8 +115,8 @@ def build(folder, sanitizer="", main=None, sources=SOURCES, head_dims=HEAD_DIMS,
     ]
     for name, path, flags in objects:
         line = shlex.join([compiler(), *common, *flags, "-c", str(path)])
-        lines += [f"build {folder / name}.o: compile {path}", f"  line = {line}"]
-    lines.append(f"build {target}: link {' '.join(f'{folder / o[0]}.o' for o in objects)}")
+        lines += [f"build {made[name]}: compile {path}", f"  line = {line}"]
+    lines.append(f"build {target}: link {' '.join(map(str, made.values()))}")
     script = folder / "build.ninja"
     script.write_text("\n".join(lines) + "\n")
     folders = [sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)]

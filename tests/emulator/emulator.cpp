@@ -103,6 +103,7 @@ struct Machine {
   std::string failure;
   char start = 0, end_of_launch = 0;
   std::map<std::string, int> conflicts;
+  const char* rare[8] = {};
 };
 
 Machine& machine() {
@@ -292,6 +293,16 @@ std::vector<std::string> take_bank_conflicts() {
     lines.push_back(place + ": " + std::to_string(ways) + " ways");
   m.conflicts.clear();
   return lines;
+}
+
+std::vector<std::string> take_rare() {
+  Machine& m = machine();
+  const std::lock_guard<std::mutex> lock(m.mutex);
+  std::vector<std::string> names;
+  for (const char* what : m.rare)
+    if (what) names.push_back(what);
+  for (const char*& what : m.rare) what = nullptr;
+  return names;
 }
 
 void launch(const Launch& l) {
@@ -487,6 +498,16 @@ void note_bank_conflict(int ways) {
   const Warp& warp = m.warps[m.running->index / kLanes];
   int& worst = m.conflicts[std::string(m.launch->kernel) + ", " + text(warp.where)];
   worst = worst > ways ? worst : ways;
+}
+
+void note_rare(const char* what) {
+  for (const char*& place : machine().rare) {
+    if (place == what) return;
+    if (!place) {
+      place = what;
+      return;
+    }
+  }
 }
 
 // AddressSanitizer calls it before it reports: which thread of which kernel it was.

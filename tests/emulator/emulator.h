@@ -37,6 +37,10 @@ void set_options(const Options& options);
 // "kernel, file:line: 8 ways" of every ldmatrix whose rows shared banks since the last call.
 std::vector<std::string> take_bank_conflicts();
 
+// What kernels called note_rare with since the last call. A kernel that repairs what it finds
+// broken would hide a mistake otherwise.
+std::vector<std::string> take_rare();
+
 // ---- for launch.h
 // ------------------------------------------------------------------------------
 
@@ -85,6 +89,8 @@ void wait_until(const char* name, bool (*ready)(void*), void* state, Where where
 
 // Notes that 8 rows of 16 bytes, fetched from shared memory in one go, took `ways` turns.
 void note_bank_conflict(int ways);
+
+void note_rare(const char* what);
 
 // Lets what is under way arrive where chance would have it.
 void poll();
