@@ -263,6 +263,7 @@ attention_dq_kernel(FASTATTN_PARAMS BackwardCall c) {
     }
   }
   wait_copies<0>();
+  sync_threads();  // everything has arrived everywhere, also where there was nothing to walk
 
   int unsound = 0;
   FASTATTN_UNROLL
@@ -409,6 +410,7 @@ attention_dkdv_kernel(FASTATTN_PARAMS BackwardCall c) {
     }
   }
   wait_copies<0>();
+  sync_threads();  // everything has arrived everywhere, also where there was nothing to walk
 
   int unsound = 0;
   FASTATTN_UNROLL
