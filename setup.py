@@ -1,7 +1,8 @@
 """Builds the CPU extensions: one module per instruction set from the same sources (csrc/cpu).
 
-No torch at build time: the extensions take raw pointers. Without a working C++ compiler the install
-still succeeds and the package serves every call through its `reference` backend.
+No torch at build time: the extensions see its tensors through DLPack's C interface. Without a
+working C++ compiler the install still succeeds and the package serves every call through its
+`reference` backend.
 """
 
 import copy

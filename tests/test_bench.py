@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastattn
 from fastattn.bench import (
     ceilings,
     compare,
@@ -237,7 +238,20 @@ def test_roofs():
     assert result.bound == "memory"
     assert result.of_ceiling == pytest.approx(4 * 2 * (512 + 1) * 64 / 1e-3 / 20e9)
     better = ROOFS.or_better(ceilings.Ceilings({"float32": 1, "bfloat16": 70, "float16": 1}, 30.0))
-    assert (better.gemm["float32"], better.gemm["bfloat16"], better.copy) == (100.0, 70, 30.0)
+    assert (better.arithmetic["float32"], better.arithmetic["bfloat16"], better.copy) == (
+        100.0,
+        70,
+        30.0,
+    )
+
+
+def test_no_kernel_is_faster_than_bare_multiply_adds():
+    roofs = ceilings.measure(budget_s=0.02)
+    assert set(roofs.arithmetic) == {"float32", "bfloat16", "float16"}
+    q = torch.randn(1, 4, 512, 64)
+    seconds = ceilings.best_of(lambda: fastattn.attention(q, q, q), budget_s=0.1)
+    achieved = 4e-9 * 4 * 512 * 512 * 64 / seconds
+    assert 0 < achieved < roofs.compute("float32")
 
 
 def test_choose_filters():

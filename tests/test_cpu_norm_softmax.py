@@ -380,3 +380,19 @@ def test_outputs_that_pass_by_the_cache(width, dtype):
     check_softmax(softmax_call(x), dy)
     check_softmax(softmax_call(x, log=True))
     check_softmax(softmax_call(x.t().contiguous(), 0), dy.t())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (1, 2, 3, 4),
+        ((), (), None, 1),
+        ((None,) * 6, ((1, 1, 1, 1, 1), (torch.ones(1),), ((0, 0, 0, 1),), 1), None, 1),
+        ((None,) * 6, ((1, 1), (torch.ones(1),), ((0, 0, 0, 1),), 1), torch.ones(1), 1),
+        ((None,) * 6, ((1, 1, 1, 1, 1), [torch.ones(1)], ((0, 0, 0, 1),), 1), torch.ones(1), 1),
+        ((None,) * 6, ((1, 1, 1, 1, 1), (torch.ones(1, device="meta"),), ((0,),), 1), None, 1),
+    ],
+)
+def test_the_border_to_cpp_refuses_what_it_cannot_read(arguments):
+    with pytest.raises((TypeError, ValueError, RuntimeError)):
+        CPU.module.softmax_forward(*arguments)

@@ -1,95 +1,117 @@
-// From Python arguments to the structs of params.h. A tensor comes as (address, stride, stride,
-// ...): no torch type crosses the border, so one build serves every version of torch.
+// From the calls of fastattn/backends/base.py, which are named tuples, to the structs of params.h.
 #pragma once
 #include <pybind11/pybind11.h>
 
-#include <stdexcept>
-
 #include "params.h"
+#include "tensor.h"
 
 namespace fastattn {
 
-namespace py = pybind11;
+// A field of a tuple whose length has been checked.
+inline py::handle field(const py::handle& t, Py_ssize_t i) { return PyTuple_GET_ITEM(t.ptr(), i); }
 
-template <size_t N>
-inline void int_tuple(const py::tuple& t, const char* name, int64_t (&out)[N]) {
-  if (t.size() != N)
-    throw py::value_error(std::string(name) + ": expected " + std::to_string(N) + " numbers, got " +
-                          std::to_string(t.size()));
-  for (size_t i = 0; i < N; ++i) {
-    out[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(t.ptr(), Py_ssize_t(i)));
-    if (out[i] == -1 && PyErr_Occurred()) throw py::error_already_set();
-  }
+inline void expect_tuple(const py::handle& t, Py_ssize_t size, const char* name) {
+  if (!PyTuple_Check(t.ptr()) || PyTuple_GET_SIZE(t.ptr()) != size)
+    throw py::value_error(std::string(name) + ": expected a tuple of " + std::to_string(size));
 }
 
-inline void* address(const py::handle& h) {
-  void* p = PyLong_AsVoidPtr(h.ptr());
-  if (!p && PyErr_Occurred()) throw py::error_already_set();
+inline int64_t integer(const py::handle& h) {
+  const long long i = PyLong_AsLongLong(h.ptr());
+  if (i == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return i;
+}
+
+inline double number(const py::handle& h) {
+  const double x = PyFloat_AsDouble(h.ptr());
+  if (x == -1.0 && PyErr_Occurred()) throw py::error_already_set();
+  return x;
+}
+
+inline bool flag(const py::handle& h) { return h.ptr() == Py_True; }
+
+// The probability, and the int64 scalar that is its seed; None: off.
+inline Dropout dropout(const py::handle& p, const py::handle& seed) {
+  Dropout d;
+  if (seed.is_none()) return d;
+  d.p = number(p);
+  d.seed = *reinterpret_cast<const uint64_t*>(tensor(seed).address());
+  return d;
+}
+
+// An AttentionCall, with the results of the forward.
+inline AttentionParams attention_params(const py::handle& call, const py::handle& out,
+                                        const py::handle& lse, const py::handle& lse_low,
+                                        int threads) {
+  expect_tuple(call, 14, "AttentionCall");
+  const DLTensor q = tensor(field(call, 0)), k = tensor(field(call, 1)), v = tensor(field(call, 2));
+  if (q.ndim != 4 || k.ndim != 4 || v.ndim != 4)
+    throw py::value_error("q, k, v: expected 4 dimensions");
+  AttentionParams p;
+  p.dtype = dtype_of(q);
+  p.shape = {q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3]};
+  p.q = view(q);
+  p.k = view(k);
+  p.v = view(v);
+  p.out = view(out);
+  p.lse = address(lse);
+  p.lse_low = address(lse_low);
+  const py::handle bias = field(call, 3);
+  p.bias = view(bias);
+  p.bias_dtype = bias.is_none() ? DType::kBool : dtype_of(tensor(bias));
+  p.alibi_slopes = view(field(call, 4));
+  p.sinks = address(field(call, 5));
+  p.dropout = dropout(field(call, 12), field(call, 6));
+  p.scale = number(field(call, 7));
+  p.softcap = number(field(call, 8));
+  p.mask = {integer(field(call, 9)), integer(field(call, 10)), integer(field(call, 11))};
+  p.threads = threads;
   return p;
 }
 
-inline void* pointer(int64_t address) { return reinterpret_cast<void*>(intptr_t(address)); }
-
-// (address, strides...), up to four strides, or None.
-inline View view(const py::object& o) {
-  View v;
-  if (o.is_none()) return v;
-  const auto t = py::reinterpret_borrow<py::tuple>(o);
-  if (!PyTuple_Check(o.ptr()) || t.size() < 1 || t.size() > 5)
-    throw py::value_error("view: expected (address, up to 4 strides)");
-  v.data = address(t[0]);
-  for (size_t i = 1; i < t.size(); ++i) {
-    v.stride[i - 1] = PyLong_AsLongLong(PyTuple_GET_ITEM(t.ptr(), Py_ssize_t(i)));
-    if (v.stride[i - 1] == -1 && PyErr_Occurred()) throw py::error_already_set();
+// dbias is as large as the bias, but for the dimensions along which that was broadcast: there it
+// has one, which all of them share.
+inline View shared_view(const py::handle& dbias) {
+  View v = view(dbias);
+  if (v) {
+    const DLTensor t = tensor(dbias);
+    for (int i = 0; i < t.ndim; ++i)
+      if (t.shape[i] == 1) v.stride[i] = 0;
   }
   return v;
 }
 
-// (p, seed), or None.
-inline Dropout dropout(const py::object& o) {
-  Dropout d;
-  if (o.is_none()) return d;
-  const auto t = o.cast<py::tuple>();
-  d.p = t[0].cast<double>();
-  d.seed = PyLong_AsUnsignedLongLongMask(PyTuple_GET_ITEM(t.ptr(), 1));
-  if (d.seed == uint64_t(-1) && PyErr_Occurred()) throw py::error_already_set();
-  return d;
-}
+// What rows_of() and columns_of() of fastattn/backends/rows.py give: (sizes, tensors, strides,
+// ...).
+class Walk {
+ public:
+  // `sizes` counts rows along three dimensions, and for columns their width and inner size.
+  Walk(const py::handle& walk, Py_ssize_t fields, Py_ssize_t sizes) {
+    expect_tuple(walk, fields, "walk");
+    sizes_ = field(walk, 0);
+    tensors_ = field(walk, 1);
+    strides_ = field(walk, 2);
+    expect_tuple(sizes_, sizes, "sizes");
+    expect_tuple(tensors_, PyObject_Size(tensors_.ptr()), "tensors");
+    expect_tuple(strides_, PyTuple_GET_SIZE(tensors_.ptr()), "strides");
+  }
+  int64_t size(Py_ssize_t i) const { return integer(field(sizes_, i)); }
+  RowShape rows() const { return {size(0), size(1), size(2)}; }
+  // The i-th tensor with the strides it is walked by, or no data where there is none.
+  View view(Py_ssize_t i) const {
+    View v;
+    if (i >= PyTuple_GET_SIZE(tensors_.ptr()) || field(tensors_, i).is_none()) return v;
+    const py::handle strides = field(strides_, i);
+    if (!PyTuple_Check(strides.ptr()) || PyTuple_GET_SIZE(strides.ptr()) > 4)
+      throw py::value_error("strides: expected at most 4");
+    v.data = address(field(tensors_, i));
+    for (Py_ssize_t d = 0; d < PyTuple_GET_SIZE(strides.ptr()); ++d)
+      v.stride[d] = integer(field(strides, d));
+    return v;
+  }
+  DType dtype(Py_ssize_t i) const { return dtype_of(tensor(field(tensors_, i))); }
 
-// The tuple that fastattn/backends/cpu.py makes of an AttentionCall.
-inline AttentionParams attention_params(const py::tuple& t) {
-  if (t.size() != 16) throw py::value_error("attention: expected 16 fields");
-  AttentionParams p;
-  p.dtype = static_cast<DType>(t[0].cast<int>());
-  int64_t n[7], mask[3];
-  int_tuple(t[1].cast<py::tuple>(), "shape", n);
-  p.shape = {n[0], n[1], n[2], n[3], n[4], n[5], n[6]};
-  p.q = view(t[2]);
-  p.k = view(t[3]);
-  p.v = view(t[4]);
-  p.out = view(t[5]);
-  p.lse = address(t[6]);
-  p.lse_low = address(t[7]);
-  p.bias = view(t[8]);
-  p.bias_dtype = static_cast<DType>(t[9].cast<int>());
-  p.alibi_slopes = view(t[10]);
-  p.sinks = address(t[11]);
-  const auto score = t[12].cast<py::tuple>();
-  p.scale = score[0].cast<double>();
-  p.softcap = score[1].cast<double>();
-  int_tuple(t[13].cast<py::tuple>(), "mask", mask);
-  p.mask.left = mask[0];
-  p.mask.right = mask[1];
-  p.mask.shift = mask[2];
-  p.dropout = dropout(t[14]);
-  p.threads = t[15].cast<int>();
-  return p;
-}
-
-// (dout, dlse, delta, dq, dk, dv, dbias): views, but for the addresses dlse and delta.
-inline AttentionGrads attention_grads(const py::tuple& t) {
-  if (t.size() != 7) throw py::value_error("attention: expected 7 gradients");
-  return {view(t[0]), address(t[1]), address(t[2]), view(t[3]), view(t[4]), view(t[5]), view(t[6])};
-}
+ private:
+  py::handle sizes_, tensors_, strides_;
+};
 
 }  // namespace fastattn

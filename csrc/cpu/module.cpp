@@ -1,5 +1,6 @@
 // The binding, compiled once for any processor of the architecture and linked into every module:
-// _cpu_baseline, _cpu_avx2, ... (setup.py). Raw addresses in; the callers have checked everything.
+// _cpu_baseline, _cpu_avx2, ... (setup.py). The callers have checked everything, and allocated what
+// is written.
 #include <pybind11/pybind11.h>
 
 #include "bind.h"
@@ -49,113 +50,136 @@ py::list usable_isas() {
   return names;
 }
 
-// ---- layer norm and softmax
-// ----------------------------------------------------------------------
+// ---- one function for each direction of each family --------------------------------------------
 
-// sizes: n0, n1, n2 (the rows), width, dtype, weight_dtype, bias_dtype, rms, threads.
-// addresses: weight, bias, mean, rstd; 0 for none.
-LayerNormParams layer_norm_params(const py::tuple& sizes, const py::object& x,
-                                  const py::object& residual, const py::tuple& addresses,
-                                  double eps, const py::object& dropped) {
-  int64_t n[9], a[4];
-  int_tuple(sizes, "sizes", n);
-  int_tuple(addresses, "addresses", a);
+void bind_attention_forward(const py::handle& call, const py::handle& out, const py::handle& lse,
+                            const py::handle& lse_low, int threads) {
+  const AttentionParams p = attention_params(call, out, lse, lse_low, threads);
+  const py::gil_scoped_release unlocked;
+  attention_forward(p);
+}
+
+// results: out, lse, lse_low of the forward. outputs: delta, dq, dk, dv, dbias; None where not
+// asked for.
+void bind_attention_backward(const py::handle& call, const py::handle& results,
+                             const py::handle& dout, const py::handle& dlse,
+                             const py::handle& outputs, int threads) {
+  expect_tuple(results, 3, "results");
+  expect_tuple(outputs, 5, "outputs");
+  const AttentionParams p =
+      attention_params(call, field(results, 0), field(results, 1), field(results, 2), threads);
+  AttentionGrads grads{};
+  grads.dout = view(dout);
+  grads.dlse = address(dlse);
+  grads.delta = address(field(outputs, 0));
+  grads.dq = view(field(outputs, 1));
+  grads.dk = view(field(outputs, 2));
+  grads.dv = view(field(outputs, 3));
+  grads.dbias = shared_view(field(outputs, 4));
+  const py::gil_scoped_release unlocked;
+  attention_backward(p, grads);
+}
+
+// A LayerNormCall, but for what is walked.
+LayerNormParams layer_norm_params(const py::handle& call, const Walk& walk, const py::handle& mean,
+                                  const py::handle& rstd, int threads) {
+  expect_tuple(call, 10, "LayerNormCall");
+  const py::handle weight = field(call, 2), bias = field(call, 3);
   LayerNormParams p{};
-  p.rows = {n[0], n[1], n[2]};
-  p.width = n[3];
-  p.dtype = DType(n[4]);
-  p.weight_dtype = DType(n[5]);
-  p.bias_dtype = DType(n[6]);
-  p.rms = n[7] != 0;
-  p.threads = int(n[8]);
-  p.x = view(x);
-  p.residual = view(residual);
-  p.weight = pointer(a[0]);
-  p.bias = pointer(a[1]);
-  p.mean = pointer(a[2]);
-  p.rstd = pointer(a[3]);
-  p.eps = eps;
-  p.dropout = dropout(dropped);
+  p.dtype = walk.dtype(0);
+  p.rows = walk.rows();
+  p.width = integer(field(call, 5));
+  p.weight = address(weight);
+  p.bias = address(bias);
+  if (p.weight) p.weight_dtype = dtype_of(tensor(weight));
+  if (p.bias) p.bias_dtype = dtype_of(tensor(bias));
+  p.mean = address(mean);
+  p.rstd = address(rstd);
+  p.eps = number(field(call, 6));
+  p.rms = flag(field(call, 7));
+  p.dropout = dropout(field(call, 8), field(call, 4));
+  p.threads = threads;
   return p;
 }
 
-// outputs: y, new_residual.
-void bind_layer_norm_forward(const py::tuple& sizes, const py::object& x,
-                             const py::object& residual, const py::tuple& addresses, double eps,
-                             const py::object& dropped, const py::tuple& outputs) {
-  LayerNormParams p = layer_norm_params(sizes, x, residual, addresses, eps, dropped);
-  int64_t out[2];
-  int_tuple(outputs, "outputs", out);
-  p.y = pointer(out[0]);
-  p.new_residual = pointer(out[1]);
-  const py::gil_scoped_release release;
+// walk: x, residual. outputs: y, new_residual, mean, rstd.
+void bind_layer_norm_forward(const py::handle& call, const py::handle& walk_,
+                             const py::handle& outputs, int threads) {
+  expect_tuple(outputs, 4, "outputs");
+  const Walk walk(walk_, 3, 3);
+  LayerNormParams p = layer_norm_params(call, walk, field(outputs, 2), field(outputs, 3), threads);
+  p.x = walk.view(0);
+  p.residual = walk.view(1);
+  p.y = address(field(outputs, 0));
+  p.new_residual = address(field(outputs, 1));
+  const py::gil_scoped_release unlocked;
   layer_norm_forward(p);
 }
 
-// outputs: dx, dresidual, dweight, dbias; 0 where not asked for.
-void bind_layer_norm_backward(const py::tuple& sizes, const py::object& x,
-                              const py::tuple& addresses, double eps, const py::object& dropped,
-                              const py::object& dy, const py::object& dnew_residual,
-                              const py::tuple& outputs) {
-  const LayerNormParams p = layer_norm_params(sizes, x, py::none(), addresses, eps, dropped);
-  int64_t out[4];
-  int_tuple(outputs, "outputs", out);
+// walk: source, dy, dnew_residual. outputs: dx, dresidual, dweight, dbias; None where not asked
+// for.
+void bind_layer_norm_backward(const py::handle& call, const py::handle& walk_,
+                              const py::handle& mean, const py::handle& rstd,
+                              const py::handle& outputs, int threads) {
+  expect_tuple(outputs, 4, "outputs");
+  const Walk walk(walk_, 3, 3);
+  LayerNormParams p = layer_norm_params(call, walk, mean, rstd, threads);
+  p.x = walk.view(0);
   LayerNormGrads grads{};
-  grads.dy = view(dy);
-  grads.dnew_residual = view(dnew_residual);
-  grads.dx = pointer(out[0]);
-  grads.dresidual = pointer(out[1]);
-  grads.dweight = pointer(out[2]);
-  grads.dbias = pointer(out[3]);
-  const py::gil_scoped_release release;
+  grads.dy = walk.view(1);
+  grads.dnew_residual = walk.view(2);
+  grads.dx = address(field(outputs, 0));
+  grads.dresidual = address(field(outputs, 1));
+  grads.dweight = address(field(outputs, 2));
+  grads.dbias = address(field(outputs, 3));
+  const py::gil_scoped_release unlocked;
   layer_norm_backward(p, grads);
 }
 
-// sizes: n0, n1, n2 (the rows), width, inner, x dtype, y dtype, log, threads.
-// mask: (view, dtype, inner stride), or None.
-void bind_softmax_forward(const py::tuple& sizes, const py::object& x, const py::object& mask,
-                          double scale, const py::object& y) {
-  int64_t n[9];
-  int_tuple(sizes, "sizes", n);
+// walk: x, and the mask where there is one, whose inner stride is the walk's last field.
+void bind_softmax_forward(const py::handle& call, const py::handle& walk_, const py::handle& y,
+                          int threads) {
+  expect_tuple(call, 6, "SoftmaxCall");
+  const Walk walk(walk_, 4, 5);
   SoftmaxParams p{};
-  p.rows = {n[0], n[1], n[2]};
-  p.width = n[3];
-  p.inner = n[4];
-  p.x_dtype = DType(n[5]);
-  p.y_dtype = DType(n[6]);
-  p.log = n[7] != 0;
-  p.threads = int(n[8]);
-  p.x = view(x);
-  if (!mask.is_none()) {
-    const auto t = mask.cast<py::tuple>();
-    p.mask = view(t[0]);
-    p.mask_dtype = DType(t[1].cast<int>());
-    p.mask_inner = t[2].cast<int64_t>();
+  p.rows = walk.rows();
+  p.width = walk.size(3);
+  p.inner = walk.size(4);
+  p.x = walk.view(0);
+  p.x_dtype = walk.dtype(0);
+  p.mask = walk.view(1);
+  if (p.mask) {
+    p.mask_dtype = walk.dtype(1);
+    p.mask_inner = integer(field(walk_, 3));
   }
-  p.scale = scale;
-  p.y = address(y);
-  const py::gil_scoped_release release;
+  const DLTensor out = tensor(y);
+  p.y = out.address();
+  p.y_dtype = dtype_of(out);
+  p.scale = number(field(call, 3));
+  p.log = flag(field(call, 4));
+  p.threads = threads;
+  const py::gil_scoped_release unlocked;
   softmax_forward(p);
 }
 
-// sizes as in the forward.
-void bind_softmax_backward(const py::tuple& sizes, const py::object& y, const py::object& dy,
-                           double scale, const py::object& dx) {
-  int64_t n[9];
-  int_tuple(sizes, "sizes", n);
+// walk: y, dy.
+void bind_softmax_backward(const py::handle& walk_, double scale, bool log, const py::handle& dx,
+                           int threads) {
+  const Walk walk(walk_, 4, 5);
   SoftmaxGrads p{};
-  p.rows = {n[0], n[1], n[2]};
-  p.width = n[3];
-  p.inner = n[4];
-  p.x_dtype = DType(n[5]);
-  p.y_dtype = DType(n[6]);
-  p.log = n[7] != 0;
-  p.threads = int(n[8]);
-  p.y = view(y);
-  p.dy = view(dy);
+  p.rows = walk.rows();
+  p.width = walk.size(3);
+  p.inner = walk.size(4);
+  p.y = walk.view(0);
+  p.y_dtype = walk.dtype(0);
+  p.dy = walk.view(1);
+  const DLTensor out = tensor(dx);
+  p.dx = out.address();
+  p.x_dtype = dtype_of(out);
   p.scale = scale;
-  p.dx = address(dx);
-  const py::gil_scoped_release release;
+  p.log = log;
+  p.threads = threads;
+  const py::gil_scoped_release unlocked;
   softmax_backward(p);
 }
 
@@ -163,17 +187,14 @@ void bind(py::module_& m) {
   m.doc() = "fastattn CPU kernels for one instruction set.";
   m.attr("isa") = isa;
   m.def("usable_isas", &usable_isas);
-  m.def("attention_forward", [](const py::tuple& problem) {
-    const AttentionParams p = attention_params(problem);
+  m.def("use_exchange", &use_exchange);
+  m.def("multiply_add_rate", [](const py::handle& like, int threads) {
+    const DType dtype = dtype_of(tensor(like));
     const py::gil_scoped_release unlocked;
-    attention_forward(p);
+    return multiply_add_rate(dtype, threads);
   });
-  m.def("attention_backward", [](const py::tuple& problem, const py::tuple& gradients) {
-    const AttentionParams p = attention_params(problem);
-    const AttentionGrads g = attention_grads(gradients);
-    const py::gil_scoped_release unlocked;
-    attention_backward(p, g);
-  });
+  m.def("attention_forward", &bind_attention_forward);
+  m.def("attention_backward", &bind_attention_backward);
   m.def("layer_norm_forward", &bind_layer_norm_forward);
   m.def("layer_norm_backward", &bind_layer_norm_backward);
   m.def("softmax_forward", &bind_softmax_forward);

@@ -28,9 +28,11 @@ def empty_output(q: Tensor, v_dim: int) -> Tensor:
     Laid out as q is: contiguous, or (B, Sq, Hq, v_dim) in memory when q's heads lie inside its
     sequence, so that a model's ``out.transpose(1, 2).reshape(...)`` costs no copy.
     """
-    batch, heads, length, _ = q.shape
+    batch, heads, length, head_dim = q.shape
     if q.stride(1) < q.stride(2):
         return q.new_empty((batch, length, heads, v_dim)).transpose(1, 2)
+    if v_dim == head_dim and q.is_contiguous():
+        return torch.empty_like(q)  # the same, sooner
     return q.new_empty((batch, heads, length, v_dim))
 
 
@@ -55,6 +57,7 @@ class AttentionCall(NamedTuple):
     right: int
     shift: int
     dropout_p: float
+    for_backward: bool = True  # else lse_low may be None
 
 
 class LayerNormCall(NamedTuple):
@@ -69,6 +72,7 @@ class LayerNormCall(NamedTuple):
     eps: float
     rms: bool  # RMS norm: no mean is subtracted
     dropout_p: float
+    for_backward: bool = True  # else mean and rstd may be None
 
 
 class SoftmaxCall(NamedTuple):
@@ -135,7 +139,7 @@ class Backend:
 
     def layer_norm_forward(
         self, call: LayerNormCall
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """(y, new_residual, mean, rstd): y and new_residual contiguous in x's shape and dtype;
         mean (None for RMS) and rstd (rows,) in the statistics dtype."""
         raise NotImplementedError

@@ -82,15 +82,15 @@ def roofline(report: Report) -> str:
         shown = [r for r in report.results if r.intensity and r.gflops]
         intensities = [r.intensity for r in shown] or [1.0]
         low, high = min(intensities) / 3, max(intensities) * 3
-        top = max(roofs["gemm"].values())
+        top = max(roofs["arithmetic"].values())
         bend = top / roofs["copy"]
         corners = sorted([low, bend, high])
         axes.plot(corners, [min(x * roofs["copy"], top) for x in corners], color=GOAL)
-        for name, rate in roofs["gemm"].items():
+        for name, rate in roofs["arithmetic"].items():
             if rate < top and rate * 5 > top:
                 axes.axhline(rate, color="#94a3b8", linewidth=0.8)
-                axes.text(high, rate, f"GEMM {name}", ha="right", va="bottom", color="#64748b")
-        axes.text(high, top, f"fastest GEMM {top:.0f} GFLOP/s", ha="right", va="bottom")
+                axes.text(high, rate, name, ha="right", va="bottom", color="#64748b")
+        axes.text(high, top, f"fastest arithmetic {top:.0f} GFLOP/s", ha="right", va="bottom")
         shapes = {"float32": "o", "bfloat16": "s", "float16": "^"}
         palette = {"attention": "#2563eb", "layer_norm": "#16a34a", "softmax": "#db2777"}
         seen = set()

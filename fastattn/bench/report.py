@@ -18,7 +18,7 @@ SECTIONS = (
 COLUMNS = ("case", "ours", "torch", "naive", "flex", "ratio", "range", "goal", "", "rate", "roof")
 LEGEND = (
     "ratio: torch's time over ours (naive's where torch has no such operator); range: its least "
-    "and most over the rounds; roof: share of this machine's measured GEMM or copy ceiling; "
+    "and most over the rounds; roof: share of this machine's multiply-add or copy ceiling; "
     "flex: with --flex or --full"
 )
 
@@ -115,14 +115,14 @@ def memory_rows(peaks: list[Peak]) -> list[list[Cell]]:
 
 def head(report: Report) -> list[str]:
     machine, roofs = report.machine, report.ceilings
-    gemm = ", ".join(f"{name} {rate:.0f}" for name, rate in roofs["gemm"].items())
+    rates = ", ".join(f"{name} {rate:.0f}" for name, rate in roofs["arithmetic"].items())
     flags = " ".join(machine["flags"])
     reuse = report.allocator.get("reuse_memory")
     return [
         f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {flags}",
         f"fastattn {machine['fastattn']} ({machine['commit'] or 'no checkout'}), "
         f"torch {machine['torch']}, Python {machine['python']}",
-        f"ceilings: GEMM {gemm} GFLOP/s; copy {roofs['copy']:.1f} GB/s",
+        f"ceilings: multiply-adds {rates} GFLOP/s; copy {roofs['copy']:.1f} GB/s",
         "allocator: memory is reused, without page faults, on both sides; the fresh_64mb cases "
         "run as users do"
         if reuse
