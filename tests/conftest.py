@@ -38,10 +38,9 @@ if INTERPRETED:  # a process for the triton backend alone, started by test_trito
     import sanitizer
 EMULATED = os.environ.get("FASTATTN_TEST_CUDA_MODULE")
 if EMULATED:  # a process for the cuda backend in the emulator alone, started by test_cuda.py
-    from fastattn.backends.cuda import CudaBackend
+    from emulator import build
 
-    sys.path.insert(0, str(Path(__file__).parent / "emulator"))
-    import build
+    from fastattn.backends.cuda import CudaBackend
 
     dispatch.BACKENDS["cuda"] = CudaBackend(build.load(EMULATED))
     BACKENDS = ["cuda"]

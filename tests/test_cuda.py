@@ -9,11 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from emulator import build, mistakes
 
 TESTS = Path(__file__).parent
-sys.path.insert(0, str(TESTS / "emulator"))
-import build  # noqa: E402
-import mistakes  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,

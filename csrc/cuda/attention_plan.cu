@@ -113,10 +113,6 @@ void attention_forward(const AttentionParams& p, const ForwardPlan& plan, float*
     merge<f16>(c, device);
 }
 
-int64_t attention_backward_floats(const AttentionParams& p) {
-  return 4 * p.shape.batch * p.shape.q_heads * p.shape.q_len;
-}
-
 void attention_backward(const AttentionParams& p, const AttentionGrads& g, float* workspace,
                         const Device& device) {
   const AttentionShape& s = p.shape;

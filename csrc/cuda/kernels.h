@@ -1,15 +1,22 @@
 // What module.cpp calls: each launches the kernels of one call.
 #pragma once
-#include "launch.h"
+#include <cstddef>
+
 #include "params.h"
 
 namespace fastattn {
 
 constexpr float kLog2e = 1.4426950408889634f;
 
+// Where a call runs: the address of a cudaStream_t.
+struct Stream {
+  void* handle = nullptr;
+};
+
 // What a call may use of the device.
 struct Device {
   size_t shared_bytes = 48 << 10;  // of a block
+  int multiprocessors = 1;
   Stream stream;
 };
 
@@ -29,8 +36,8 @@ ForwardPlan attention_forward_plan(const AttentionParams& params, int multiproce
 void attention_forward(const AttentionParams& params, const ForwardPlan& plan, float* workspace,
                        const Device& device);
 
-// workspace: attention_backward_floats(params) of float32. grads.dbias is float32.
-int64_t attention_backward_floats(const AttentionParams& params);
+// workspace: (4, batch, q_heads, q_len) float32. grads.dbias is float32, and 0 is its stride where
+// the bias is shared.
 void attention_backward(const AttentionParams& params, const AttentionGrads& grads,
                         float* workspace, const Device& device);
 

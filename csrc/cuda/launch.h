@@ -3,6 +3,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "kernels.h"
 #include "ptx.h"
 
 #ifndef FASTATTN_EMULATE
@@ -10,11 +11,6 @@
 #endif
 
 namespace fastattn {
-
-// Where a call runs. The address of a cudaStream_t as Python has it.
-struct Stream {
-  void* handle = nullptr;
-};
 
 struct Grid {
   int64_t x = 1, y = 1, z = 1;

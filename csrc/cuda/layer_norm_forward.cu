@@ -172,8 +172,8 @@ layer_norm_forward_kernel(FASTATTN_PARAMS Call c) {
     }
     const float rstd = 1.0f / sqrtf(squares / count + float(p.eps));
     if (group.thread() == 0) {
-      if (!p.rms) static_cast<float*>(p.mean)[r] = first + centre;
-      static_cast<float*>(p.rstd)[r] = rstd;
+      if (p.mean) static_cast<float*>(p.mean)[r] = first + centre;
+      if (p.rstd) static_cast<float*>(p.rstd)[r] = rstd;
     }
     each_pack<kHeld, T>(group, width, [&](int k, int64_t column) {
       row.normalize(once ? at(k) : row.source_again(column), column, first, centre, rstd);
