@@ -19,10 +19,10 @@ pytestmark = [
     pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler"),
 ]
 
-# The suites of every backend, which in these processes is the cuda backend alone.
-SUITES = [
-    "emulated",
-    "test_case_table.py::test_case",
+# The suites of every backend, which in these processes is the cuda backend alone: some in every
+# mode, the rest in one.
+SUITES = ["emulated", "test_case_table.py::test_case"]
+MORE_SUITES = [
     "test_case_table.py::test_head_dims",
     "test_case_table.py::test_strides_of_the_output_gradient",
     "test_edge_cases.py",
@@ -66,7 +66,7 @@ def test_suites(module, mode):
     code = f"import sys; sys.path[:] = {sys.path!r}; import pytest; sys.exit(pytest.main())"
     child = subprocess.run(
         [sys.executable, "-c", code, "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-        + [str(TESTS / suite) for suite in SUITES],
+        + [str(TESTS / suite) for suite in SUITES + MORE_SUITES * (mode == MODES[0])],
         env=os.environ | environment,
         capture_output=True,
         text=True,
