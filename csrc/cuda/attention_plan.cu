@@ -35,7 +35,10 @@ Walk walk_of(const AttentionParams& p) {
 
 bool empty(const AttentionShape& s) { return s.batch * s.q_heads * s.q_len == 0; }
 
-void check_sizes(const AttentionShape& s, int64_t blocks) {
+void check(const AttentionParams& p, int64_t blocks) {
+  const AttentionShape& s = p.shape;
+  if (p.dtype != DType::kBFloat16 && p.dtype != DType::kFloat16)
+    throw std::invalid_argument("attention: serves bfloat16 and float16");
   if (s.q_len > 1 << 30 || s.k_len > 1 << 30 || blocks > 2147483647)
     throw std::invalid_argument("attention: serves up to 2^30 queries and keys, 2^31 tiles");
 }
@@ -83,7 +86,7 @@ void attention_forward(const AttentionParams& p, const ForwardPlan& plan, float*
   const AttentionShape& s = p.shape;
   if (empty(s)) return;
   const Walk w = walk_of(p);
-  check_sizes(s, w.tiles * w.heads);
+  check(p, w.tiles * w.heads);
   ForwardCall c{};
   c.p = problem_of(p);
   c.lse = static_cast<float*>(p.lse);
@@ -139,7 +142,7 @@ void attention_backward(const AttentionParams& p, const AttentionGrads& g, float
   c.shares_keys = g.dbias.stride[3] == 0;
   constexpr int64_t kTile = 32;  // no kernel's is smaller
   const int64_t most = ceil_div(std::max(s.q_len, s.k_len), kTile);
-  check_sizes(s, s.batch * s.q_heads * most * (g.dbias ? most : 1));
+  check(p, s.batch * s.q_heads * most * (g.dbias ? most : 1));
   with_head_dim(std::max(s.head_dim, s.v_dim),
                 [&](auto n) { attention_backward_of<decltype(n)::value>(p.dtype, c, device); });
 }

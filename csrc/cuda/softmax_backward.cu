@@ -128,6 +128,7 @@ void softmax_backward(const SoftmaxGrads& g, const Device& device) {
   Call c{};
   c.g = g;
   c.scale = float(g.scale);
+  check_dtypes(g.x_dtype, g.y_dtype);
   if (g.inner > 1) {
     const int64_t blocks = g.rows.count() * ((g.inner + kColumns - 1) / kColumns);
     launch("softmax_backward, columns", softmax_backward_columns_kernel, Grid{blocks},

@@ -149,6 +149,7 @@ void softmax_forward(const SoftmaxParams& p, const Device& device) {
   Call c{};
   c.p = p;
   c.scale = float(p.scale);
+  check_dtypes(p.x_dtype, p.y_dtype);
   if (p.inner > 1) {
     const int64_t blocks = p.rows.count() * ((p.inner + kColumns - 1) / kColumns);
     launch("softmax_forward, columns", softmax_forward_columns_kernel, Grid{blocks},

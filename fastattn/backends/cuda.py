@@ -6,6 +6,7 @@ kernels in an emulator, on tensors in the CPU's memory.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 from types import ModuleType
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 ATTENTION_DTYPES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *ATTENTION_DTYPES)
 OLDEST = (8, 0)
+MAX_HEAD_DIM = 256
 
 
 def load_extension() -> tuple[ModuleType | None, str]:
@@ -50,7 +52,12 @@ class CudaBackend(Backend):
             module.use_exchange(Tensor.__dlpack_c_exchange_api__)
             self._unavailable = "" if self.emulated else None  # when somebody asks
         self._module = module
-        self._known_limits: dict[int, tuple[int, int]] = {}
+        self._emulated_limits = module.limits(0) if module and self.emulated else None
+        # What a block of attention needs, read now: reasons() may run under torch.compile.
+        self._head_dims = [
+            (n, module.attention_shared_bytes(n) if module else 1)
+            for n in range(32, MAX_HEAD_DIM + 1, 32)
+        ]
 
     @property
     def module(self) -> ModuleType:
@@ -84,12 +91,14 @@ class CudaBackend(Backend):
         return reasons
 
     def _head_dim_reasons(self, request: Request) -> list[str]:
-        if self._module is None:
-            return []
         head_dim = max(shape[3] for shape in request.shapes)
-        needed = self.module.attention_shared_bytes(head_dim)
+        needed = 0
+        for most, shared_bytes in self._head_dims:
+            if head_dim <= most:
+                needed = shared_bytes
+                break
         if not needed:
-            return [f"serves head dims up to 256 (got {head_dim})"]
+            return [f"serves head dims up to {MAX_HEAD_DIM} (got {head_dim})"]
         if request.device.type != self.device or self.unavailable():
             return []
         have, _ = self._limits(request.device)
@@ -101,12 +110,7 @@ class CudaBackend(Backend):
 
     def _limits(self, device: torch.device) -> tuple[int, int]:
         """(shared memory that a block may have, multiprocessors)"""
-        index = 0 if self.emulated else device.index
-        if index is None:
-            index = torch.cuda.current_device()
-        if index not in self._known_limits:
-            self._known_limits[index] = self.module.limits(index)
-        return self._known_limits[index]
+        return self._emulated_limits or _limits_of(device.index or 0)
 
     # ------------------------------------------------------------------------------- attention
 
@@ -243,8 +247,17 @@ def _no_device() -> str:
     return ""
 
 
-# A constant to torch.compile, which could not trace it.
+@functools.cache
+def _limits_of(index: int) -> tuple[int, int]:
+    module, reason = load_extension()
+    assert module is not None, reason
+    shared_bytes, multiprocessors = module.limits(index)
+    return shared_bytes, multiprocessors
+
+
+# Constants to torch.compile, which could not trace them.
 _no_device._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_limits_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _empty(x: Tensor) -> Tensor:
