@@ -51,7 +51,14 @@ def load_extension() -> tuple[ModuleType | None, str, str]:
         for isa in [wanted] if wanted else [isa for isa in ISAS if isa in built]:
             if isa in usable:
                 module = importlib.import_module(f"fastattn._cpu_{isa}")
-                module.use_exchange(Tensor.__dlpack_c_exchange_api__)
+                try:
+                    module.use_exchange(Tensor.__dlpack_c_exchange_api__)
+                except (AttributeError, ImportError):
+                    return (
+                        None,
+                        "",
+                        f"torch {torch.__version__} does not offer DLPack's exchange API 1",
+                    )
                 return module, isa, ""
     if wanted:
         raise ImportError(f"FASTATTN_CPU_ISA={wanted!r}: this CPU or its system does not have it")
