@@ -202,12 +202,8 @@ void bind(py::module_& m) {
 #ifdef FASTATTN_EMULATE
 PYBIND11_MODULE(_cuda_emulated, m) {
   bind(m);
-  m.attr("emulated") = true;
   m.def("take_bank_conflicts", &emulator::take_bank_conflicts);
 }
 #else
-PYBIND11_MODULE(_cuda, m) {
-  bind(m);
-  m.attr("emulated") = false;
-}
+PYBIND11_MODULE(_cuda, m) { bind(m); }
 #endif

@@ -30,9 +30,13 @@ MAX_HEAD_DIM = 256
 def load_extension() -> tuple[ModuleType | None, str]:
     """(module, why there is none)"""
     try:
-        return importlib.import_module("fastattn._cuda"), ""
+        module = importlib.import_module("fastattn._cuda")
+        module.use_exchange(Tensor.__dlpack_c_exchange_api__)
+        return module, ""
     except ModuleNotFoundError:
         pass
+    except (AttributeError, ImportError):
+        return None, f"torch {torch.__version__} does not offer DLPack's exchange API 1"
     try:
         reason = str(importlib.import_module("fastattn._build_info").CUDA_REASON)
     except (ModuleNotFoundError, AttributeError):
@@ -45,14 +49,15 @@ class CudaBackend(Backend):
 
     def __init__(self, module: ModuleType | None = None) -> None:
         self._unavailable: str | None = None
-        self.emulated = module is not None and module.emulated
+        self.emulated = module is not None
         if module is None:
-            module, self._unavailable = load_extension()
-        if module is not None:
+            module, reason = load_extension()
+            self._unavailable = reason or None  # the device is looked for when somebody asks
+        else:
             module.use_exchange(Tensor.__dlpack_c_exchange_api__)
-            self._unavailable = "" if self.emulated else None  # when somebody asks
+            self._unavailable = ""
         self._module = module
-        self._emulated_limits = module.limits(0) if module and self.emulated else None
+        self._emulated_limits = module.limits(0) if module and self.emulated else ()
         # What a block of attention needs, read now: reasons() may run under torch.compile.
         self._head_dims = [
             (n, module.attention_shared_bytes(n) if module else 1)
