@@ -29,12 +29,15 @@ inline double number(const py::handle& h) {
 
 inline bool flag(const py::handle& h) { return h.ptr() == Py_True; }
 
-// The probability, and the int64 scalar that is its seed; None: off.
+// The probability, and the int64 scalar that is its seed; None: off. A seed on a device is read
+// when the kernel runs: the host never waits for it.
 inline Dropout dropout(const py::handle& p, const py::handle& seed) {
   Dropout d;
   if (seed.is_none()) return d;
   d.p = number(p);
-  d.seed = *reinterpret_cast<const uint64_t*>(tensor(seed).address());
+  const DLTensor t = tensor(seed);
+  d.seed_at = reinterpret_cast<const uint64_t*>(t.address());
+  if (t.device_type == kCpu) d.seed = *d.seed_at;
   return d;
 }
 
@@ -113,5 +116,73 @@ class Walk {
  private:
   py::handle sizes_, tensors_, strides_;
 };
+
+// A LayerNormCall, but for what is walked.
+inline LayerNormParams layer_norm_params(const py::handle& call, const Walk& walk,
+                                         const py::handle& mean, const py::handle& rstd,
+                                         int threads) {
+  expect_tuple(call, 10, "LayerNormCall");
+  const py::handle weight = field(call, 2), bias = field(call, 3);
+  LayerNormParams p{};
+  p.dtype = walk.dtype(0);
+  p.rows = walk.rows();
+  p.width = integer(field(call, 5));
+  p.weight = address(weight);
+  p.bias = address(bias);
+  if (p.weight) p.weight_dtype = dtype_of(tensor(weight));
+  if (p.bias) p.bias_dtype = dtype_of(tensor(bias));
+  p.mean = address(mean);
+  p.rstd = address(rstd);
+  p.eps = number(field(call, 6));
+  p.rms = flag(field(call, 7));
+  p.dropout = dropout(field(call, 8), field(call, 4));
+  p.threads = threads;
+  return p;
+}
+
+// walk: x, and the mask where there is one, whose inner stride is the walk's last field.
+inline SoftmaxParams softmax_params(const py::handle& call, const py::handle& walk_,
+                                    const py::handle& y, int threads) {
+  expect_tuple(call, 6, "SoftmaxCall");
+  const Walk walk(walk_, 4, 5);
+  SoftmaxParams p{};
+  p.rows = walk.rows();
+  p.width = walk.size(3);
+  p.inner = walk.size(4);
+  p.x = walk.view(0);
+  p.x_dtype = walk.dtype(0);
+  p.mask = walk.view(1);
+  if (p.mask) {
+    p.mask_dtype = walk.dtype(1);
+    p.mask_inner = integer(field(walk_, 3));
+  }
+  const DLTensor out = tensor(y);
+  p.y = out.address();
+  p.y_dtype = dtype_of(out);
+  p.scale = number(field(call, 3));
+  p.log = flag(field(call, 4));
+  p.threads = threads;
+  return p;
+}
+
+// walk: y, dy.
+inline SoftmaxGrads softmax_grads(const py::handle& walk_, double scale, bool log,
+                                  const py::handle& dx, int threads) {
+  const Walk walk(walk_, 4, 5);
+  SoftmaxGrads p{};
+  p.rows = walk.rows();
+  p.width = walk.size(3);
+  p.inner = walk.size(4);
+  p.y = walk.view(0);
+  p.y_dtype = walk.dtype(0);
+  p.dy = walk.view(1);
+  const DLTensor out = tensor(dx);
+  p.dx = out.address();
+  p.x_dtype = dtype_of(out);
+  p.scale = scale;
+  p.log = log;
+  p.threads = threads;
+  return p;
+}
 
 }  // namespace fastattn

@@ -8,7 +8,7 @@ namespace fastattn {
 
 enum class DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3, kBool = 4 };
 
-inline int64_t size_of(DType dtype) {
+FASTATTN_HD int64_t size_of(DType dtype) {
   return dtype == DType::kFloat64   ? 8
          : dtype == DType::kFloat32 ? 4
          : dtype == DType::kBool    ? 1
@@ -20,9 +20,9 @@ struct View {
   void* data = nullptr;
   int64_t stride[4] = {0, 0, 0, 0};
 
-  explicit operator bool() const { return data != nullptr; }
+  FASTATTN_HD explicit operator bool() const { return data != nullptr; }
   template <typename T>
-  T* at(int64_t a, int64_t b, int64_t c) const {
+  FASTATTN_HD T* at(int64_t a, int64_t b, int64_t c) const {
     return static_cast<T*>(data) + a * stride[0] + b * stride[1] + c * stride[2];
   }
 };
@@ -31,12 +31,15 @@ struct View {
 // and v (batch, kv_heads, k_len, v_dim).
 struct AttentionShape {
   int64_t batch, q_heads, kv_heads, q_len, k_len, head_dim, v_dim;
-  int64_t group() const { return q_heads / kv_heads; }
+  FASTATTN_HD int64_t group() const { return q_heads / kv_heads; }
 };
 
 struct Dropout {
   double p = 0.0;  // 0: off
   uint64_t seed = 0;
+  const uint64_t* seed_at = nullptr;  // on a device: where the seed is, when the kernel runs
+
+  FASTATTN_HD uint64_t seed_now() const { return seed_at ? *seed_at : seed; }
 };
 
 struct AttentionParams {
@@ -68,8 +71,8 @@ struct AttentionGrads {
 // Rows numbered along three outer dimensions; a View's first three strides walk them.
 struct RowShape {
   int64_t n0, n1, n2;
-  int64_t count() const { return n0 * n1 * n2; }
-  int64_t offset(int64_t row, const View& v) const {
+  FASTATTN_HD int64_t count() const { return n0 * n1 * n2; }
+  FASTATTN_HD int64_t offset(int64_t row, const View& v) const {
     if (row < n2) return row * v.stride[2];  // the usual case, n0 = n1 = 1, without a division
     const int64_t c = row % n2, ab = row / n2;
     return ab / n1 * v.stride[0] + ab % n1 * v.stride[1] + c * v.stride[2];

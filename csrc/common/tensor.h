@@ -27,6 +27,8 @@ struct DLTensor {
   char* address() const { return static_cast<char*>(data) + byte_offset; }
 };
 
+constexpr int32_t kCpu = 1;  // of device_type
+
 struct DLExchange {
   uint32_t major_version, minor_version;
   void* previous;

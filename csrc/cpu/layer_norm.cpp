@@ -49,13 +49,12 @@ FASTATTN_NOINLINE void moments(const T* const (&x)[kRows], int64_t n, Moments (&
   }
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t m = std::min(kBlock, n - begin), head = std::min(kHead, m);
-    const double inverse_m = 1 / double(m), share = double(m) / double(begin + m);
+    const double share = double(m) / double(begin + m);
     const T* block[kRows];
     for (int r = 0; r < kRows; ++r) block[r] = x[r] + begin;
     const auto first_sums = sums_around<T, kRows>(pivot, block, head);
     A centre[kRows];
-    for (int r = 0; r < kRows; ++r)
-      centre[r] = pivot[r] + first_sums[size_t(2 * r)] * (A(1) / A(head));
+    for (int r = 0; r < kRows; ++r) centre[r] = pivot[r] + first_sums[size_t(2 * r)] / A(head);
     const auto sums = sums_around<T, kRows>(centre, block, m);
     for (int r = 0; r < kRows; ++r) {
       A first = sums[size_t(2 * r)], second = sums[size_t(2 * r + 1)];
@@ -68,10 +67,10 @@ FASTATTN_NOINLINE void moments(const T* const (&x)[kRows], int64_t n, Moments (&
         second = again[1];
       }
       const double s1 = first, s2 = second;
-      const double block_mean = (double(centre[r]) - double(pivot[r])) + s1 * inverse_m;
+      const double block_mean = (double(centre[r]) - double(pivot[r])) + s1 / double(m);
       const double delta = block_mean - mean[r];
       mean[r] += delta * share;
-      squares[r] += s2 - s1 * s1 * inverse_m + delta * delta * double(begin) * share;
+      squares[r] += s2 - s1 * s1 / double(m) + delta * delta * double(begin) * share;
     }
   }
   for (int r = 0; r < kRows; ++r) {
@@ -261,11 +260,11 @@ template <typename T>
 struct BackwardRow {
   const T *x, *dy;
   Acc<T> mean, rstd;
-  double sum_g, sum_gd;
+  double sum_g, sum_gd, sum_d;
 };
 
 // First pass over kRows rows at once, so that dweight, dbias and the weights are loaded once for
-// all: sum_g = sum(g), sum_gd = sum(g d), dweight += dy x_hat, dbias += dy.
+// all: sum_g = sum(g), sum_gd = sum(g d), sum_d = sum(d), dweight += dy x_hat, dbias += dy.
 template <typename T, int kRows, bool kPartials>
 FASTATTN_NOINLINE void backward_sums(BackwardRow<T>* rows, const Acc<T>* weight, Acc<T>* dweight,
                                      Acc<T>* dbias, int64_t n) {
@@ -279,11 +278,11 @@ FASTATTN_NOINLINE void backward_sums(BackwardRow<T>* rows, const Acc<T>* weight,
     dy[r] = rows[r].dy;
   }
   constexpr int64_t kRun = 512;  // sums over two levels, as in sum_vectors
-  Vec<A> total_g[kRows], total_gd[kRows];
-  for (int r = 0; r < kRows; ++r) total_g[r] = total_gd[r] = zero<A>();
+  Vec<A> total_g[kRows], total_gd[kRows], total_d[kRows];
+  for (int r = 0; r < kRows; ++r) total_g[r] = total_gd[r] = total_d[r] = zero<A>();
   for (int64_t begin = 0; begin < n; begin += kRun) {
-    Vec<A> sum_g[kRows], sum_gd[kRows];
-    for (int r = 0; r < kRows; ++r) sum_g[r] = sum_gd[r] = zero<A>();
+    Vec<A> sum_g[kRows], sum_gd[kRows], sum_d[kRows];
+    for (int r = 0; r < kRows; ++r) sum_g[r] = sum_gd[r] = sum_d[r] = zero<A>();
     each_vector<T>(std::min(kRun, n - begin),
                    [&](auto, int64_t i, auto lanes) FASTATTN_INLINE_LAMBDA {
                      const int64_t j = begin + i;
@@ -296,6 +295,7 @@ FASTATTN_NOINLINE void backward_sums(BackwardRow<T>* rows, const Acc<T>* weight,
                        const Vec<A> g = up * w;
                        sum_g[r] = sum_g[r] + g;
                        sum_gd[r] = fma(g, d, sum_gd[r]);
+                       sum_d[r] = sum_d[r] + d;
                        if (kPartials) {
                          dw = fma(up, d * rstd[r], dw);
                          db = db + up;
@@ -309,11 +309,13 @@ FASTATTN_NOINLINE void backward_sums(BackwardRow<T>* rows, const Acc<T>* weight,
     for (int r = 0; r < kRows; ++r) {
       total_g[r] = total_g[r] + sum_g[r];
       total_gd[r] = total_gd[r] + sum_gd[r];
+      total_d[r] = total_d[r] + sum_d[r];
     }
   }
   for (int r = 0; r < kRows; ++r) {
     rows[r].sum_g = hsum(total_g[r]);
     rows[r].sum_gd = hsum(total_gd[r]);
+    rows[r].sum_d = hsum(total_d[r]);
   }
 }
 
@@ -328,7 +330,11 @@ class ThroughNorm {
  public:
   ThroughNorm(const BackwardRow<T>& row, const BackwardRow<T>& next, const LayerNormParams& p)
       : x_(row.x), dy_(row.dy), next_x_(next.x), next_dy_(next.dy) {
-    double rstd = row.rstd, pull = -rstd * rstd * rstd * row.sum_gd / double(p.width);
+    // What rounding took off the mean is the same in every d, and shows where they are small.
+    const double n = double(p.width), rest = p.rms ? 0.0 : row.sum_d / n;
+    const double sum_gd = row.sum_gd - rest * row.sum_g;
+    double rstd = row.rstd, pull = -rstd * rstd * rstd * sum_gd / n;
+    const double mean_g = (p.rms ? 0.0 : row.sum_g / n) - rest * rstd * rstd * sum_gd / n;
     if (p.width == 1) {
       // A row of one number is its own mean, or but for eps its own root mean square: what is left
       // of the gradient, eps rstd^3 g if anything, would be lost in the difference of the terms.
@@ -337,7 +343,7 @@ class ThroughNorm {
     }
     mean_ = set1(row.mean);
     scale_ = set1(A(rstd));
-    mean_g_ = set1(p.rms ? A(0) : A(row.sum_g / double(p.width)));
+    mean_g_ = set1(A(mean_g));
     slope_ = set1(A(pull));
   }
   template <typename Lanes>

@@ -80,28 +80,6 @@ void bind_attention_backward(const py::handle& call, const py::handle& results,
   attention_backward(p, grads);
 }
 
-// A LayerNormCall, but for what is walked.
-LayerNormParams layer_norm_params(const py::handle& call, const Walk& walk, const py::handle& mean,
-                                  const py::handle& rstd, int threads) {
-  expect_tuple(call, 10, "LayerNormCall");
-  const py::handle weight = field(call, 2), bias = field(call, 3);
-  LayerNormParams p{};
-  p.dtype = walk.dtype(0);
-  p.rows = walk.rows();
-  p.width = integer(field(call, 5));
-  p.weight = address(weight);
-  p.bias = address(bias);
-  if (p.weight) p.weight_dtype = dtype_of(tensor(weight));
-  if (p.bias) p.bias_dtype = dtype_of(tensor(bias));
-  p.mean = address(mean);
-  p.rstd = address(rstd);
-  p.eps = number(field(call, 6));
-  p.rms = flag(field(call, 7));
-  p.dropout = dropout(field(call, 8), field(call, 4));
-  p.threads = threads;
-  return p;
-}
-
 // walk: x, residual. outputs: y, new_residual, mean, rstd.
 void bind_layer_norm_forward(const py::handle& call, const py::handle& walk_,
                              const py::handle& outputs, int threads) {
@@ -136,49 +114,16 @@ void bind_layer_norm_backward(const py::handle& call, const py::handle& walk_,
   layer_norm_backward(p, grads);
 }
 
-// walk: x, and the mask where there is one, whose inner stride is the walk's last field.
-void bind_softmax_forward(const py::handle& call, const py::handle& walk_, const py::handle& y,
+void bind_softmax_forward(const py::handle& call, const py::handle& walk, const py::handle& y,
                           int threads) {
-  expect_tuple(call, 6, "SoftmaxCall");
-  const Walk walk(walk_, 4, 5);
-  SoftmaxParams p{};
-  p.rows = walk.rows();
-  p.width = walk.size(3);
-  p.inner = walk.size(4);
-  p.x = walk.view(0);
-  p.x_dtype = walk.dtype(0);
-  p.mask = walk.view(1);
-  if (p.mask) {
-    p.mask_dtype = walk.dtype(1);
-    p.mask_inner = integer(field(walk_, 3));
-  }
-  const DLTensor out = tensor(y);
-  p.y = out.address();
-  p.y_dtype = dtype_of(out);
-  p.scale = number(field(call, 3));
-  p.log = flag(field(call, 4));
-  p.threads = threads;
+  const SoftmaxParams p = softmax_params(call, walk, y, threads);
   const py::gil_scoped_release unlocked;
   softmax_forward(p);
 }
 
-// walk: y, dy.
-void bind_softmax_backward(const py::handle& walk_, double scale, bool log, const py::handle& dx,
+void bind_softmax_backward(const py::handle& walk, double scale, bool log, const py::handle& dx,
                            int threads) {
-  const Walk walk(walk_, 4, 5);
-  SoftmaxGrads p{};
-  p.rows = walk.rows();
-  p.width = walk.size(3);
-  p.inner = walk.size(4);
-  p.y = walk.view(0);
-  p.y_dtype = walk.dtype(0);
-  p.dy = walk.view(1);
-  const DLTensor out = tensor(dx);
-  p.dx = out.address();
-  p.x_dtype = dtype_of(out);
-  p.scale = scale;
-  p.log = log;
-  p.threads = threads;
+  const SoftmaxGrads p = softmax_grads(walk, scale, log, dx, threads);
   const py::gil_scoped_release unlocked;
   softmax_backward(p);
 }

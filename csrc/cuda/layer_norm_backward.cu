@@ -1,0 +1,309 @@
+// Layer norm and RMS norm, backward. With x_hat = (x - mean) rstd and g = dy weight,
+//   dx = rstd (g - mean(g) - x_hat mean(g x_hat))      (RMS: without mean(g)),
+//   dweight = sum of dy x_hat over rows, dbias = sum of dy.
+// Blocks walk over rows and sum dweight and dbias for their columns in registers; each leaves one
+// row of partial sums, which a second kernel adds in order: no atomics. Rows too wide for registers
+// have a kernel of their own for these sums, which reads x and dy once more.
+#include "kernels.h"
+#include "rows.h"
+
+namespace fastattn {
+namespace {
+
+struct Call {
+  LayerNormParams p;
+  LayerNormGrads g;
+  RowDropout dropout;
+  RowPlan plan;
+  float* partials;  // (partial_rows, 2, width): of dweight, of dbias; or null
+  int64_t partial_rows;
+  bool x_aligned, dy_aligned, new_aligned, out_aligned, weight_aligned;
+};
+
+template <typename T>
+struct Row {
+  static constexpr int kN = kPack<T>;
+  const Call& c;
+  int64_t row;
+  const T *x, *dy;
+  float mean, rstd;
+
+  FASTATTN_DEVICE Row(const Call& call, int64_t r) : c(call), row(r) {
+    const LayerNormParams& p = c.p;
+    x = static_cast<const T*>(p.x.data) + p.rows.offset(r, p.x);
+    dy = static_cast<const T*>(c.g.dy.data) + p.rows.offset(r, c.g.dy);
+    mean = p.rms ? 0.0f : static_cast<const float*>(p.mean)[r];
+    rstd = static_cast<const float*>(p.rstd)[r];
+  }
+
+  FASTATTN_DEVICE Pack<T> load_x(int64_t column) const {
+    return load_pack(x, column, c.p.width, c.x_aligned);
+  }
+  FASTATTN_DEVICE Pack<T> load_dy(int64_t column) const {
+    return load_pack(dy, column, c.p.width, c.dy_aligned);
+  }
+  FASTATTN_DEVICE void load_weight(float (&weight)[kN], int64_t column) const {
+    const LayerNormParams& p = c.p;
+    if (p.weight) {
+      load_any(weight, p.weight, p.weight_dtype, column, p.width, c.weight_aligned);
+    } else {
+      FASTATTN_UNROLL
+      for (int i = 0; i < kN; ++i) weight[i] = 1.0f;
+    }
+  }
+  FASTATTN_DEVICE float x_hat(T number) const { return (to_float(number) - mean) * rstd; }
+
+  // Adds to the sums of g and of g x_hat.
+  FASTATTN_DEVICE void add(const Pack<T>& px, const Pack<T>& pdy, int64_t column, float& sum_g,
+                           float& sum_gx) const {
+    float weight[kN];
+    load_weight(weight, column);
+    FASTATTN_UNROLL
+    for (int i = 0; i < kN; ++i) {
+      if (column + i >= c.p.width) continue;
+      const float g = to_float(pdy.number[i]) * weight[i];
+      sum_g += g;
+      sum_gx += g * x_hat(px.number[i]);
+    }
+  }
+
+  // dresidual = dh + dnew_residual, and dx = dropout of it, whichever are asked for.
+  FASTATTN_DEVICE void store(const Pack<T>& px, const Pack<T>& pdy, int64_t column, float mean_g,
+                             float mean_gx) const {
+    const int64_t width = c.p.width;
+    float dh[kN];
+    load_weight(dh, column);
+    FASTATTN_UNROLL
+    for (int i = 0; i < kN; ++i)
+      dh[i] = (to_float(pdy.number[i]) * dh[i] - mean_g - x_hat(px.number[i]) * mean_gx) * rstd;
+    if (c.g.dnew_residual) {
+      const T* more =
+          static_cast<const T*>(c.g.dnew_residual.data) + c.p.rows.offset(row, c.g.dnew_residual);
+      const Pack<T> pack = load_pack(more, column, width, c.new_aligned);
+      FASTATTN_UNROLL
+      for (int i = 0; i < kN; ++i) dh[i] += to_float(pack.number[i]);
+    }
+    if (c.g.dresidual)
+      store_as(static_cast<T*>(c.g.dresidual) + row * width, column, width, c.out_aligned, dh);
+    if (c.g.dx) {
+      if (c.dropout.on) c.dropout.apply(dh, row, column);
+      store_as(static_cast<T*>(c.g.dx) + row * width, column, width, c.out_aligned, dh);
+    }
+  }
+};
+
+// Adds dy x_hat and dy to the sums of kPack columns.
+template <typename T>
+FASTATTN_DEVICE void add_weights(const Row<T>& row, const Pack<T>& px, const Pack<T>& pdy,
+                                 float* dweight, float* dbias) {
+  FASTATTN_UNROLL
+  for (int i = 0; i < kPack<T>; ++i) {
+    const float up = to_float(pdy.number[i]);
+    dweight[i] += up * row.x_hat(px.number[i]);
+    dbias[i] += up;
+  }
+}
+
+template <typename T>
+FASTATTN_DEVICE void store_weights(const Call& c, int64_t partial_row, int64_t column,
+                                   const float* dweight, const float* dbias) {
+  float* out = c.partials + partial_row * 2 * c.p.width;
+  FASTATTN_UNROLL
+  for (int i = 0; i < kPack<T>; ++i) {
+    if (column + i >= c.p.width) continue;
+    out[column + i] = dweight[i];
+    out[c.p.width + column + i] = dbias[i];
+  }
+}
+
+// A whole row in registers.
+template <typename T, int kHeld>
+FASTATTN_KERNEL(256, 1)
+layer_norm_backward_kernel(FASTATTN_PARAMS Call c) {
+  FASTATTN_SHARED(memory);
+  constexpr int kN = kPack<T>;
+  const RowGroup group{c.plan.threads, reinterpret_cast<float*>(memory)};
+  const int64_t rows = c.p.rows.count(), width = c.p.width;
+  const int64_t stride = int64_t(group.threads) * kN, begin = int64_t(group.thread()) * kN;
+  const int64_t first_row = int64_t(block_x()) * c.plan.groups + group.group();
+  const bool dh = c.g.dx || c.g.dresidual;
+  float dweight[kHeld][kN] = {}, dbias[kHeld][kN] = {};
+  for (int64_t r = first_row; r < rows; r += int64_t(grid_x()) * c.plan.groups) {
+    const Row<T> row(c, r);
+    Pack<T> x[kHeld], dy[kHeld];
+    FASTATTN_UNROLL
+    for (int k = 0; k < kHeld; ++k) {
+      if (begin + k * stride >= width) continue;
+      x[k] = row.load_x(begin + k * stride);
+      dy[k] = row.load_dy(begin + k * stride);
+    }
+    if (c.partials) {
+      FASTATTN_UNROLL
+      for (int k = 0; k < kHeld; ++k)
+        if (begin + k * stride < width) add_weights(row, x[k], dy[k], dweight[k], dbias[k]);
+    }
+    if (!dh) continue;
+    float sum_g = 0, sum_gx = 0;
+    FASTATTN_UNROLL
+    for (int k = 0; k < kHeld; ++k)
+      if (begin + k * stride < width) row.add(x[k], dy[k], begin + k * stride, sum_g, sum_gx);
+    const float mean_gx = group.sum(sum_gx) / float(width);
+    const float mean_g = c.p.rms ? 0.0f : group.sum(sum_g) / float(width);
+    FASTATTN_UNROLL
+    for (int k = 0; k < kHeld; ++k)
+      if (begin + k * stride < width) row.store(x[k], dy[k], begin + k * stride, mean_g, mean_gx);
+  }
+  if (!c.partials) return;
+  FASTATTN_UNROLL
+  for (int k = 0; k < kHeld; ++k)
+    if (begin + k * stride < width)
+      store_weights<T>(c, first_row, begin + k * stride, dweight[k], dbias[k]);
+}
+
+// dx and dresidual of a wide row: in shared memory, or read twice.
+template <typename T>
+FASTATTN_KERNEL(1024, 1)
+layer_norm_backward_wide_kernel(FASTATTN_PARAMS Call c) {
+  FASTATTN_SHARED(memory);
+  constexpr int kN = kPack<T>;
+  const RowGroup group{c.plan.threads, reinterpret_cast<float*>(memory)};
+  auto* kept = reinterpret_cast<Pack<T>*>(memory + kReduceBytes);
+  const int64_t rows = c.p.rows.count(), width = c.p.width;
+  const int64_t stride = int64_t(group.threads) * kN, begin = int64_t(group.thread()) * kN;
+  for (int64_t r = block_x(); r < rows; r += grid_x()) {
+    const Row<T> row(c, r);
+    float sum_g = 0, sum_gx = 0;
+    for (int64_t column = begin; column < width; column += stride) {
+      const Pack<T> x = row.load_x(column), dy = row.load_dy(column);
+      if (c.plan.shared) {
+        kept[column / kN * 2] = x;
+        kept[column / kN * 2 + 1] = dy;
+      }
+      row.add(x, dy, column, sum_g, sum_gx);
+    }
+    const float mean_gx = group.sum(sum_gx) / float(width);
+    const float mean_g = c.p.rms ? 0.0f : group.sum(sum_g) / float(width);
+    for (int64_t column = begin; column < width; column += stride) {
+      const Pack<T> x = c.plan.shared ? kept[column / kN * 2] : row.load_x(column);
+      const Pack<T> dy = c.plan.shared ? kept[column / kN * 2 + 1] : row.load_dy(column);
+      row.store(x, dy, column, mean_g, mean_gx);
+    }
+  }
+}
+
+constexpr int kWeightThreads = 128;
+
+// Sums of dweight and dbias of wide rows: a thread has a pack of columns, block (x, y) every
+// grid_y-th row.
+template <typename T>
+FASTATTN_KERNEL(kWeightThreads, 1)
+layer_norm_weights_kernel(FASTATTN_PARAMS Call c) {
+  const int64_t column = (int64_t(block_x()) * kWeightThreads + thread_x()) * kPack<T>;
+  if (column >= c.p.width) return;
+  float dweight[kPack<T>] = {}, dbias[kPack<T>] = {};
+  for (int64_t r = block_y(); r < c.p.rows.count(); r += grid_y()) {
+    const Row<T> row(c, r);
+    add_weights(row, row.load_x(column), row.load_dy(column), dweight, dbias);
+  }
+  store_weights<T>(c, block_y(), column, dweight, dbias);
+}
+
+// ---- the sum of partial sums -------------------------------------------------------------------
+
+struct Reduction {
+  const float* partials;
+  int64_t partial_rows, width;
+  void *dweight, *dbias;
+  DType weight_dtype, bias_dtype;
+};
+
+constexpr int kReduceColumns = 32, kReduceLines = 8;
+
+FASTATTN_KERNEL(kReduceColumns* kReduceLines, 1)
+layer_norm_reduce_kernel(FASTATTN_PARAMS Reduction c) {
+  FASTATTN_SHARED(memory);
+  auto* sums = reinterpret_cast<float*>(memory);  // (2, lines, columns)
+  const int lane = thread_x() % kReduceColumns, line = thread_x() / kReduceColumns;
+  const int64_t column = int64_t(block_x()) * kReduceColumns + lane;
+  float sum[2] = {0, 0};
+  if (column < c.width)
+    for (int64_t r = line; r < c.partial_rows; r += kReduceLines) {
+      sum[0] += c.partials[r * 2 * c.width + column];
+      sum[1] += c.partials[(r * 2 + 1) * c.width + column];
+    }
+  sums[line * kReduceColumns + lane] = sum[0];
+  sums[(kReduceLines + line) * kReduceColumns + lane] = sum[1];
+  sync_threads();
+  if (line > 1 || column >= c.width) return;
+  float total[1] = {0};
+  for (int l = 0; l < kReduceLines; ++l)
+    total[0] += sums[(line * kReduceLines + l) * kReduceColumns + lane];
+  void* out = line ? c.dbias : c.dweight;
+  if (out) store_any(out, line ? c.bias_dtype : c.weight_dtype, column, c.width, false, total);
+}
+
+template <typename T>
+void backward(const LayerNormParams& p, const LayerNormGrads& g, float* partials,
+              int64_t partial_rows, const Device& device) {
+  Call c{};
+  c.p = p;
+  c.g = g;
+  c.dropout = RowDropout(p.dropout);
+  c.plan = row_plan(p.width, kPack<T>, 32, device.shared_bytes, 256);
+  c.x_aligned = rows_aligned<T>(p.x, p.rows);
+  c.dy_aligned = rows_aligned<T>(g.dy, p.rows);
+  c.new_aligned = rows_aligned<T>(g.dnew_residual, p.rows);
+  c.out_aligned = is_aligned(g.dx) && is_aligned(g.dresidual) && p.width % kPack<T> == 0;
+  c.weight_aligned = is_aligned(p.weight);
+  const bool sums = g.dweight || g.dbias;
+  const int64_t rows = p.rows.count(), packs = (p.width + kPack<T> - 1) / kPack<T>;
+  if (c.plan.held) {
+    int64_t blocks = (rows + c.plan.groups - 1) / c.plan.groups;
+    if (sums) {  // as many as there is room for
+      const int64_t most = partial_rows / c.plan.groups;
+      if (most < 1) throw std::runtime_error("layer_norm_backward: too few partial rows");
+      blocks = blocks < most ? blocks : most;
+      c.partials = partials;
+      partial_rows = blocks * c.plan.groups;
+    }
+    const Grid grid{blocks < kMaxBlocks ? blocks : kMaxBlocks};
+    const auto run = [&](auto kernel) {
+      launch("layer_norm_backward", kernel, grid, c.plan.threads * c.plan.groups, c.plan.bytes,
+             device.stream, c);
+    };
+    if (c.plan.held == 1)
+      run(layer_norm_backward_kernel<T, 1>);
+    else
+      run(layer_norm_backward_kernel<T, 4>);
+  } else {
+    if (g.dx || g.dresidual) {
+      launch("layer_norm_backward", layer_norm_backward_wide_kernel<T>,
+             Grid{rows < kMaxBlocks ? rows : kMaxBlocks}, c.plan.threads, c.plan.bytes,
+             device.stream, c);
+    }
+    if (sums) {
+      c.partials = partials;
+      partial_rows = rows < partial_rows ? rows : partial_rows;
+      partial_rows = partial_rows < 65535 ? partial_rows : 65535;
+      launch("layer_norm_backward, weights", layer_norm_weights_kernel<T>,
+             Grid{(packs + kWeightThreads - 1) / kWeightThreads, partial_rows}, kWeightThreads, 0,
+             device.stream, c);
+    }
+  }
+  if (!sums) return;
+  launch(
+      "layer_norm_backward, reduction", layer_norm_reduce_kernel,
+      Grid{(p.width + kReduceColumns - 1) / kReduceColumns}, kReduceColumns * kReduceLines,
+      size_t(2) * kReduceColumns * kReduceLines * sizeof(float), device.stream,
+      Reduction{partials, partial_rows, p.width, g.dweight, g.dbias, p.weight_dtype, p.bias_dtype});
+}
+
+}  // namespace
+
+void layer_norm_backward(const LayerNormParams& p, const LayerNormGrads& g, float* partials,
+                         int64_t partial_rows, const Device& device) {
+  with_type(p.dtype,
+            [&](auto type) { backward<decltype(type)>(p, g, partials, partial_rows, device); });
+}
+
+}  // namespace fastattn

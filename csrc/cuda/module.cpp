@@ -1,0 +1,209 @@
+// The binding of the CUDA kernels; with FASTATTN_EMULATE, of the same kernels in the emulator of
+// the tests. The callers have checked everything, and allocated what is written.
+#include <pybind11/pybind11.h>
+
+#include "bind.h"
+#include "kernels.h"
+
+#ifdef FASTATTN_EMULATE
+#include <pybind11/stl.h>
+
+#include "emulator.h"
+#else
+#include <cuda_runtime_api.h>
+#endif
+
+namespace py = pybind11;
+using namespace fastattn;
+
+namespace {
+
+#ifdef FASTATTN_EMULATE
+
+// Few multiprocessors, so that the small problems of the tests make blocks walk.
+Device limits_of(int) {
+  Device d;
+  d.shared_bytes = 227 << 10;
+  d.multiprocessors = 3;
+  return d;
+}
+
+struct On {
+  explicit On(const DLTensor&) {}
+  Device device = limits_of(0);
+};
+
+#else
+
+void check(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // the next call starts without it
+  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+Device limits_of(int device) {
+  const auto ask = [&](cudaDeviceAttr attribute) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+    return value;
+  };
+  Device d;
+  d.shared_bytes = size_t(ask(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+  d.multiprocessors = ask(cudaDevAttrMultiProcessorCount);
+  return d;
+}
+
+// The device of a tensor, current for as long as this lives, and torch's stream of it.
+class On {
+ public:
+  explicit On(const DLTensor& t) : device(limits_of(t.device_id)), here_(t.device_id) {
+    if (exchange->current_stream(t.device_type, here_, &device.stream.handle) != 0)
+      throw py::error_already_set();
+    check(cudaGetDevice(&before_), "cudaGetDevice");
+    if (here_ != before_) check(cudaSetDevice(here_), "cudaSetDevice");
+  }
+  ~On() {
+    if (here_ != before_) cudaSetDevice(before_);
+  }
+  On(const On&) = delete;
+
+  Device device;
+
+ private:
+  int here_, before_ = 0;
+};
+
+#endif
+
+On device_of(const py::handle& call) { return On(tensor(field(call, 0))); }
+
+float* floats(const py::handle& workspace) { return static_cast<float*>(address(workspace)); }
+
+// ---- attention ---------------------------------------------------------------------------------
+
+// (parts, floats of workspace)
+py::tuple bind_forward_plan(const py::handle& call, const py::handle& out, const py::handle& lse) {
+  const On on = device_of(call);
+  const AttentionParams p = attention_params(call, out, lse, py::none(), 1);
+  const ForwardPlan plan = attention_forward_plan(p, on.device.multiprocessors);
+  return py::make_tuple(plan.parts, plan.workspace_floats);
+}
+
+void bind_attention_forward(const py::handle& call, const py::handle& out, const py::handle& lse,
+                            int parts, const py::handle& workspace) {
+  const On on = device_of(call);
+  const AttentionParams p = attention_params(call, out, lse, py::none(), 1);
+  ForwardPlan plan;
+  plan.parts = parts;
+  float* space = floats(workspace);
+  const py::gil_scoped_release unlocked;
+  attention_forward(p, plan, space, on.device);
+}
+
+// results: out, lse of the forward. outputs: delta, dq, dk, dv, dbias; None where not asked for.
+// workspace: (4, batch, q_heads, q_len) float32.
+void bind_attention_backward(const py::handle& call, const py::handle& results,
+                             const py::handle& dout, const py::handle& dlse,
+                             const py::handle& outputs, const py::handle& workspace) {
+  expect_tuple(results, 2, "results");
+  expect_tuple(outputs, 5, "outputs");
+  const On on = device_of(call);
+  const AttentionParams p =
+      attention_params(call, field(results, 0), field(results, 1), py::none(), 1);
+  AttentionGrads grads{};
+  grads.dout = view(dout);
+  grads.dlse = address(dlse);
+  grads.delta = address(field(outputs, 0));
+  grads.dq = view(field(outputs, 1));
+  grads.dk = view(field(outputs, 2));
+  grads.dv = view(field(outputs, 3));
+  grads.dbias = shared_view(field(outputs, 4));
+  float* space = floats(workspace);
+  const py::gil_scoped_release unlocked;
+  attention_backward(p, grads, space, on.device);
+}
+
+// ---- layer norm and softmax --------------------------------------------------------------------
+
+// walk: x, residual. outputs: y, new_residual, mean, rstd.
+void bind_layer_norm_forward(const py::handle& call, const py::handle& walk_,
+                             const py::handle& outputs) {
+  expect_tuple(outputs, 4, "outputs");
+  const On on = device_of(call);
+  const Walk walk(walk_, 3, 3);
+  LayerNormParams p = layer_norm_params(call, walk, field(outputs, 2), field(outputs, 3), 1);
+  p.x = walk.view(0);
+  p.residual = walk.view(1);
+  p.y = address(field(outputs, 0));
+  p.new_residual = address(field(outputs, 1));
+  const py::gil_scoped_release unlocked;
+  layer_norm_forward(p, on.device);
+}
+
+// walk: source, dy, dnew_residual. outputs: dx, dresidual, dweight, dbias; None where not asked
+// for. partials: (partial rows, 2, width) float32.
+void bind_layer_norm_backward(const py::handle& call, const py::handle& walk_,
+                              const py::handle& mean, const py::handle& rstd,
+                              const py::handle& outputs, const py::handle& partials) {
+  expect_tuple(outputs, 4, "outputs");
+  const On on = device_of(call);
+  const Walk walk(walk_, 3, 3);
+  LayerNormParams p = layer_norm_params(call, walk, mean, rstd, 1);
+  p.x = walk.view(0);
+  LayerNormGrads grads{};
+  grads.dy = walk.view(1);
+  grads.dnew_residual = walk.view(2);
+  grads.dx = address(field(outputs, 0));
+  grads.dresidual = address(field(outputs, 1));
+  grads.dweight = address(field(outputs, 2));
+  grads.dbias = address(field(outputs, 3));
+  const DLTensor sums = tensor(partials);
+  const int64_t partial_rows = sums.shape[0];
+  auto* space = reinterpret_cast<float*>(sums.address());
+  const py::gil_scoped_release unlocked;
+  layer_norm_backward(p, grads, space, partial_rows, on.device);
+}
+
+void bind_softmax_forward(const py::handle& call, const py::handle& walk, const py::handle& y) {
+  const On on = device_of(call);
+  const SoftmaxParams p = softmax_params(call, walk, y, 1);
+  const py::gil_scoped_release unlocked;
+  softmax_forward(p, on.device);
+}
+
+// walk: y, dy.
+void bind_softmax_backward(const py::handle& walk, double scale, bool log, const py::handle& dx) {
+  const On on(tensor(dx));
+  const SoftmaxGrads p = softmax_grads(walk, scale, log, dx, 1);
+  const py::gil_scoped_release unlocked;
+  softmax_backward(p, on.device);
+}
+
+void bind(py::module_& m) {
+  m.doc() = "fastattn CUDA kernels.";
+  m.def("use_exchange", &use_exchange);
+  // (shared memory that a block may have, multiprocessors)
+  m.def("limits", [](int device) {
+    const Device d = limits_of(device);
+    return py::make_tuple(d.shared_bytes, d.multiprocessors);
+  });
+  m.def("attention_shared_bytes", &attention_shared_bytes);
+  m.def("attention_forward_plan", &bind_forward_plan);
+  m.def("attention_forward", &bind_attention_forward);
+  m.def("attention_backward", &bind_attention_backward);
+  m.def("layer_norm_forward", &bind_layer_norm_forward);
+  m.def("layer_norm_backward", &bind_layer_norm_backward);
+  m.def("softmax_forward", &bind_softmax_forward);
+  m.def("softmax_backward", &bind_softmax_backward);
+}
+
+}  // namespace
+
+#ifdef FASTATTN_EMULATE
+PYBIND11_MODULE(_cuda_emulated, m) {
+  bind(m);
+  m.def("take_bank_conflicts", &emulator::take_bank_conflicts);
+}
+#else
+PYBIND11_MODULE(_cuda, m) { bind(m); }
+#endif

@@ -1,0 +1,234 @@
+// What layer norm and softmax share: rows in packs of 16 bytes, groups of threads that take a row
+// each, and their sums.
+#pragma once
+#include "launch.h"
+#include "params.h"
+
+namespace fastattn {
+
+// ---- packs -------------------------------------------------------------------------------------
+
+template <typename T>
+constexpr int kPack = 16 / int(sizeof(T));  // numbers of 16 bytes
+
+template <typename T>
+struct alignas(16) Pack {
+  T number[kPack<T>];
+};
+
+// Numbers [column, column + kPack) of a row; 0 beyond its end. `aligned`: the row starts at a
+// multiple of 16 bytes. A pack of an unaligned row, or that the row ends in, goes number by number.
+template <typename T>
+FASTATTN_DEVICE Pack<T> load_pack(const T* row, int64_t column, int64_t width, bool aligned) {
+  if (aligned && column + kPack<T> <= width) return *reinterpret_cast<const Pack<T>*>(row + column);
+  Pack<T> pack;
+  FASTATTN_UNROLL
+  for (int i = 0; i < kPack<T>; ++i)
+    pack.number[i] = column + i < width ? row[column + i] : from_float<T>(0);
+  return pack;
+}
+
+template <typename T>
+FASTATTN_DEVICE void store_pack(T* row, int64_t column, int64_t width, bool aligned,
+                                const Pack<T>& pack) {
+  if (aligned && column + kPack<T> <= width) {
+    *reinterpret_cast<Pack<T>*>(row + column) = pack;
+    return;
+  }
+  FASTATTN_UNROLL
+  for (int i = 0; i < kPack<T>; ++i)
+    if (column + i < width) row[column + i] = pack.number[i];
+}
+
+// N numbers of a dtype known at run time, to and from float32.
+template <typename T, int N>
+FASTATTN_DEVICE void load_as(float (&out)[N], const T* row, int64_t column, int64_t width,
+                             bool aligned) {
+  constexpr int kStep = N < kPack<T> ? N : kPack<T>;
+  if (kStep == kPack<T>) {
+    FASTATTN_UNROLL
+    for (int at = 0; at < N; at += kStep) {
+      const Pack<T> pack = load_pack(row, column + at, width, aligned);
+      FASTATTN_UNROLL
+      for (int i = 0; i < kStep; ++i) out[at + i] = to_float(pack.number[i]);
+    }
+  } else {
+    FASTATTN_UNROLL
+    for (int i = 0; i < N; ++i) out[i] = column + i < width ? to_float(row[column + i]) : 0.0f;
+  }
+}
+
+template <int N>
+FASTATTN_DEVICE void load_any(float (&out)[N], const void* row, DType dtype, int64_t column,
+                              int64_t width, bool aligned) {
+  if (dtype == DType::kFloat32)
+    load_as(out, static_cast<const float*>(row), column, width, aligned);
+  else if (dtype == DType::kBFloat16)
+    load_as(out, static_cast<const bf16*>(row), column, width, aligned);
+  else
+    load_as(out, static_cast<const f16*>(row), column, width, aligned);
+}
+
+template <typename T, int N>
+FASTATTN_DEVICE void store_as(T* row, int64_t column, int64_t width, bool aligned,
+                              const float (&values)[N]) {
+  constexpr int kStep = N < kPack<T> ? N : kPack<T>;
+  if (kStep == kPack<T>) {
+    FASTATTN_UNROLL
+    for (int at = 0; at < N; at += kStep) {
+      Pack<T> pack;
+      FASTATTN_UNROLL
+      for (int i = 0; i < kStep; ++i) pack.number[i] = from_float<T>(values[at + i]);
+      store_pack(row, column + at, width, aligned, pack);
+    }
+  } else {
+    FASTATTN_UNROLL
+    for (int i = 0; i < N; ++i)
+      if (column + i < width) row[column + i] = from_float<T>(values[i]);
+  }
+}
+
+template <int N>
+FASTATTN_DEVICE void store_any(void* row, DType dtype, int64_t column, int64_t width, bool aligned,
+                               const float (&values)[N]) {
+  if (dtype == DType::kFloat32)
+    store_as(static_cast<float*>(row), column, width, aligned, values);
+  else if (dtype == DType::kBFloat16)
+    store_as(static_cast<bf16*>(row), column, width, aligned, values);
+  else
+    store_as(static_cast<f16*>(row), column, width, aligned, values);
+}
+
+FASTATTN_HD bool is_aligned(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; }
+
+FASTATTN_DEVICE void* at_bytes(const void* p, int64_t numbers, DType dtype) {
+  return static_cast<char*>(const_cast<void*>(p)) + numbers * (dtype == DType::kFloat32 ? 4 : 2);
+}
+
+// ---- groups of threads that share a row --------------------------------------------------------
+
+// A warp, or the whole block. Sums are taken in one order, whatever the machine does.
+struct RowGroup {
+  int threads;    // of the group
+  float* shared;  // 32 floats for a block; a warp needs none
+
+  FASTATTN_DEVICE int thread() const { return thread_x() % threads; }
+  FASTATTN_DEVICE int group() const { return thread_x() / threads; }
+
+  template <typename Join>
+  FASTATTN_DEVICE float join(float value, Join join) const {
+    FASTATTN_UNROLL
+    for (int lanes = 16; lanes; lanes >>= 1) value = join(value, shuffle_xor(value, lanes));
+    if (threads == 32) return value;
+    const int warps = threads / 32, warp = thread_x() / 32, lane = thread_x() % 32;
+    sync_threads();  // the last result has been read
+    if (lane == 0) shared[warp] = value;
+    sync_threads();
+    float result = shared[0];
+    for (int w = 1; w < warps; ++w) result = join(result, shared[w]);
+    return result;
+  }
+  // The value of the group's first thread.
+  FASTATTN_DEVICE float first(float value) const {
+    if (threads == 32) return shuffle(value, 0);
+    sync_threads();
+    if (thread_x() == 0) shared[0] = value;
+    sync_threads();
+    return shared[0];
+  }
+  FASTATTN_DEVICE float sum(float value) const {
+    return join(value, [](float a, float b) { return a + b; });
+  }
+  FASTATTN_DEVICE float max(float value) const {
+    return join(value, [](float a, float b) { return fmaxf(a, b); });
+  }
+};
+
+// How a kernel walks rows of `width` numbers in packs of `pack`.
+struct RowPlan {
+  int threads;   // of a group
+  int groups;    // of a block: rows taken at once
+  int held;      // packs that a thread keeps in registers: 1, 4, or 0: elsewhere
+  bool shared;   // 0: there is room for the row in shared memory; else it is read again
+  size_t bytes;  // of shared memory
+};
+
+constexpr size_t kReduceBytes = 128;
+
+// What lies in shared memory for each pack of a row that registers don't hold.
+inline RowPlan row_plan(int64_t width, int pack, int pack_bytes, size_t shared_limit,
+                        int max_threads) {
+  const int64_t packs = (width + pack - 1) / pack;
+  RowPlan plan{32, 4, 1, false, kReduceBytes};
+  if (packs > 32) plan.held = 4;
+  if (packs > 32 * 4) {
+    plan.groups = 1;
+    plan.threads = 128;
+    while (plan.threads * 4 < packs && plan.threads < max_threads) plan.threads *= 2;
+    if (plan.threads * 4 < packs) {
+      plan.held = 0;
+      plan.threads = packs > 4096 ? 1024 : 512;
+      plan.shared = kReduceBytes + size_t(packs) * size_t(pack_bytes) <= shared_limit;
+      if (plan.shared) plan.bytes += size_t(packs) * size_t(pack_bytes);
+    }
+  }
+  return plan;
+}
+
+constexpr int64_t kMaxBlocks = 2147483647;
+
+// Whether the rows that a view walks all begin at multiples of 16 bytes.
+template <typename T>
+inline bool rows_aligned(const View& v, const RowShape& rows) {
+  const int64_t sizes[3] = {rows.n0, rows.n1, rows.n2};
+  for (int i = 0; i < 3; ++i)
+    if (sizes[i] > 1 && v.stride[i] % kPack<T> != 0) return false;
+  return is_aligned(v.data);
+}
+
+// Calls f(T{}) with the stored type of a dtype.
+template <typename F>
+void with_type(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return f(bf16{});
+    case DType::kFloat16:
+      return f(f16{});
+    case DType::kFloat32:
+      return f(float{});
+    default:
+      throw std::invalid_argument("expected float32, bfloat16 or float16");
+  }
+}
+
+// ---- dropout -----------------------------------------------------------------------------------
+
+struct RowDropout {
+  Dropout given;
+  uint32_t threshold;
+  float scale;  // of what is kept
+  bool on;
+
+  RowDropout() = default;
+  explicit RowDropout(const Dropout& d)
+      : given(d),
+        threshold(dropout_threshold(d.p)),
+        scale(d.p < 1 ? float(1 / (1 - d.p)) : 0.0f),
+        on(d.p > 0) {}
+
+  // Numbers [column, column + N) of a row, column a multiple of 4: word j & 3 of the counter
+  // (j / 4, row, row >> 32, 0) decides number j.
+  template <int N>
+  FASTATTN_DEVICE void apply(float (&values)[N], int64_t row, int64_t column) const {
+    FASTATTN_UNROLL
+    for (int at = 0; at < N; at += 4) {
+      const Philox random = Philox::at(given.seed_now(), uint32_t((column + at) >> 2),
+                                       uint32_t(row), uint32_t(uint64_t(row) >> 32), 0);
+      FASTATTN_UNROLL
+      for (int i = 0; i < 4; ++i)
+        values[at + i] = random.word[i] >= threshold ? values[at + i] * scale : 0.0f;
+    }
+  }
+};
+
+}  // namespace fastattn

@@ -1,0 +1,207 @@
+"""Mistakes as people make them in kernels, one at a time, each of which the emulator has to catch.
+
+A mistake replaces text of one file. ``caught`` is what finds it: "lazy", "eager" or "random", a way
+in which copies complete (under AddressSanitizer), or "thread", ThreadSanitizer. Others may too.
+"""
+
+from typing import NamedTuple
+
+
+class Mistake(NamedTuple):
+    name: str
+    file: str  # of csrc/cuda
+    old: str
+    new: str
+    caught: str = "lazy"
+    says: str = ""  # a part of what is reported
+
+
+FORWARD = "attention_forward.h"
+BACKWARD = "attention_backward.h"
+TILE = "attention_tile.h"
+
+MISTAKES = [
+    # ---- waiting for copies
+    Mistake(
+        "no wait for V",
+        FORWARD,
+        "    wait_copies<0>();\n    sync_threads();  // V has",
+        "    sync_threads();  // V has",
+    ),
+    Mistake(
+        "a wait that leaves one group too many",
+        FORWARD,
+        "    wait_copies<0>();\n    sync_threads();  // K has",
+        "    wait_copies<1>();\n    sync_threads();  // K has",
+    ),
+    Mistake(
+        "copies that nobody commits",
+        BACKWARD,
+        "p.dout_aligned);\n  commit_copies();\n  wait_copies<0>();",
+        "p.dout_aligned);\n  wait_copies<0>();",
+    ),
+    Mistake(
+        "a copy left behind at the end",
+        FORWARD,
+        "  commit_copies();  // it may be all that there is to wait for\n",
+        "",
+        says="ends with a copy that it never waited for",
+    ),
+    Mistake(
+        "the next tile fetched into the one in use",
+        BACKWARD,
+        "walked + n % kStages * 2 * Tile<kN, kHeadDim>::kBytes};\n  };\n  const auto v_tile",
+        "walked + n / 2 % kStages * 2 * Tile<kN, kHeadDim>::kBytes};\n  };\n  const auto v_tile",
+    ),
+    # ---- barriers
+    Mistake(
+        "no barrier before K is overwritten",
+        FORWARD,
+        "    sync_threads();  // V has arrived, and nobody reads K any more\n",
+        "",
+    ),
+    Mistake(
+        "no barrier before V is overwritten",
+        FORWARD,
+        "    sync_threads();  // K has arrived, and nobody reads V any more\n",
+        "",
+        caught="thread",
+        says="data race",
+    ),
+    Mistake(
+        "no barrier before tiles of the backward are overwritten",
+        BACKWARD,
+        "    sync_threads();  // these tiles have arrived, and nobody reads the last ones any more\n"
+        "    if (kStages > 1 && n + 1 < total)",
+        "    if (kStages > 1 && n + 1 < total)",
+    ),
+    Mistake(
+        "no barrier of the warp before its rows are stored",
+        FORWARD,
+        "factor[2 * r + 1]);\n  sync_warp();",
+        "factor[2 * r + 1]);",
+        caught="thread",
+        says="data race",
+    ),
+    Mistake(
+        "a reduction that reads before all have written",
+        "rows.h",
+        "    if (lane == 0) shared[warp] = value;\n    sync_threads();\n",
+        "    if (lane == 0) shared[warp] = value;\n",
+    ),
+    Mistake(
+        "a reduction that overwrites the last result",
+        "rows.h",
+        "    sync_threads();  // the last result has been read\n    if (lane == 0) shared[warp]",
+        "    if (lane == 0) shared[warp]",
+        caught="thread",
+        says="data race",
+    ),
+    Mistake(
+        "a barrier that only some threads reach",
+        "softmax.h",
+        "    sync_threads();  // the last result has been read\n",
+        "    if (exists) sync_threads();\n",
+        says="divergent",
+    ),
+    Mistake(
+        "a barrier behind which a thread has left",
+        "layer_norm_backward.cu",
+        "  sync_threads();\n  if (line > 1 || column >= c.width) return;",
+        "  if (line > 1 || column >= c.width) return;\n  sync_threads();",
+        says="barrier",
+    ),
+    # ---- collectives
+    Mistake(
+        "a shuffle that some lanes skip",
+        FORWARD,
+        "    all = quad_sum(all);\n",
+        "    if (state.row(n) < p.q_len) all = quad_sum(all);\n",
+        says="divergent",
+    ),
+    Mistake(
+        "a shuffle over too few lanes",
+        TILE,
+        "  x += shuffle_xor(x, 1);\n",
+        "",
+    ),
+    Mistake(
+        "matrices loaded by half a warp",
+        BACKWARD,
+        "    multiply_rows<T, 1, kN>(dp, v, warp_row, dout_tile(n));",
+        "    if (thread_x() % 32 < 16) multiply_rows<T, 1, kN>(dp, v, warp_row, dout_tile(n));",
+        says="divergent",
+    ),
+    # ---- addresses
+    Mistake(
+        "the wrong stride",
+        TILE,
+        "head + int64_t(first + r) * v.stride[2]",
+        "head + int64_t(first + r) * v.stride[1]",
+    ),
+    Mistake(
+        "rows beyond the last fetched too",
+        TILE,
+        "return first + r < rows ? head",
+        "return first + r <= rows ? head",
+        says="out of global memory",
+    ),
+    Mistake(
+        "no room for V",
+        FORWARD,
+        "size_t(kM + 2 * kN) * kHeadDim * 2;",
+        "size_t(kM + kN) * kHeadDim * 2;",
+        says="out of shared memory",
+    ),
+    Mistake(
+        "columns beyond the row read 16 bytes at a time",
+        "rows.h",
+        "  if (aligned && column + kPack<T> <= width) return *rein",
+        "  if (aligned) return *rein",
+    ),
+    Mistake(
+        "16 bytes at an address that is not aligned to them",
+        "rows.h",
+        "    if (sizes[i] > 1 && v.stride[i] % kPack<T> != 0) return false;\n",
+        "",
+    ),
+    Mistake(
+        "a store beyond the end of the output",
+        BACKWARD,
+        "      if (j < p.k_len) row[j",
+        "      if (j <= p.k_len) row[j",
+    ),
+    Mistake(
+        "rows that share banks",
+        TILE,
+        "const int swizzle = kChunks % 8 == 0 ? row & 7 : (row >> 1) & 3;",
+        "const int swizzle = 0;",
+        says="bank conflict",
+    ),
+    Mistake(
+        "two blocks that write one row of partial sums",
+        "layer_norm_backward.cu",
+        "store_weights<T>(c, first_row, begin",
+        "store_weights<T>(c, first_row / 2, begin",
+        caught="thread",
+    ),
+    # ---- arithmetic
+    Mistake(
+        "the mask off by one",
+        FORWARD,
+        "j >= begin[n] && j < end[n]",
+        "j >= begin[n] && j <= end[n]",
+    ),
+    Mistake(
+        "old results not rescaled",
+        FORWARD,
+        "      sum[n] *= alpha;\n",
+        "",
+    ),
+    Mistake(
+        "dropout by the tile's column",
+        BACKWARD,
+        "!p.dropout.on || p.dropout.keeps(b, h, i, j);",
+        "!p.dropout.on || p.dropout.keeps(b, h, i, j - first_key);",
+    ),
+]

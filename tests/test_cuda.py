@@ -1,0 +1,129 @@
+"""The CUDA kernels without a GPU: compiled by the host's compiler against an emulator, they pass the
+tests of every backend, under the sanitizers; and the emulator catches the mistakes that people make.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from emulator import build, mistakes
+
+TESTS = Path(__file__).parent
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="runs on Linux"),
+    pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler"),
+]
+
+# The suites of every backend, which in these processes is the cuda backend alone: some in every
+# mode, the rest in one.
+SUITES = ["emulated", "test_case_table.py::test_case"]
+MORE_SUITES = [
+    "test_case_table.py::test_head_dims",
+    "test_case_table.py::test_strides_of_the_output_gradient",
+    "test_edge_cases.py",
+    "test_edge_cases_rows.py",
+    "test_ops_layer_norm.py",
+    "test_ops_softmax.py",
+    "test_one_truth.py::test_residual_dropout",
+]
+MODES = ("lazy", "eager", "random:1")
+CHECK = build.EMULATOR / "check.cpp"
+HEAD_DIMS = ["64"]  # of the programs
+SANITIZED = {
+    "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1",
+    "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+    "TSAN_OPTIONS": "halt_on_error=1:history_size=3",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("emulated")
+
+
+@pytest.fixture(scope="module")
+def module(folder):
+    return build.build(folder / "module", "address")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_suites(module, mode):
+    libraries = [build.runtime(f"lib{name}.so") for name in ("asan", "ubsan", "stdc++")]
+    if libraries[0] is None:
+        pytest.skip("the compiler has no sanitizers")
+    environment = SANITIZED | {
+        "LD_PRELOAD": " ".join(filter(None, libraries)),
+        "FASTATTN_TEST_CUDA_MODULE": str(module),
+        "FASTATTN_EMULATOR": mode,
+        "OMP_NUM_THREADS": "1",
+    }
+    # The path of this process: with -m alone, the sources beside the tests would be imported.
+    code = f"import sys; sys.path[:] = {sys.path!r}; import pytest; sys.exit(pytest.main())"
+    child = subprocess.run(
+        [sys.executable, "-c", code, "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+        + [str(TESTS / suite) for suite in SUITES + MORE_SUITES * (mode == MODES[0])],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert child.returncode == 0, child.stdout[-6000:] + child.stderr[-4000:]
+    assert "runtime error" not in child.stderr
+
+
+def run(program, mode):
+    return subprocess.run(
+        [program, mode],
+        env=os.environ | SANITIZED,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def programs(folder):
+    """The folders of the program without a mistake, by sanitizer: its objects are used again."""
+    folders = {name: folder / name for name in ("address", "thread")}
+    for name, path in folders.items():
+        build.build(path, name, main=CHECK, head_dims=HEAD_DIMS)
+    return folders
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+def test_program(programs, sanitizer, mode):
+    done = run(programs[sanitizer] / "program", mode)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+@pytest.mark.parametrize("mistake", mistakes.MISTAKES, ids=lambda m: m.name.replace(" ", "-"))
+def test_mistake_is_caught(programs, tmp_path, mistake):
+    sources = tmp_path / "sources"
+    shutil.copytree(build.SOURCES / "csrc", sources / "csrc")
+    path = sources / "csrc/cuda" / mistake.file
+    text = path.read_text()
+    assert text.count(mistake.old) == 1, f"{mistake.file} has changed: {text.count(mistake.old)}"
+    path.write_text(text.replace(mistake.old, mistake.new))
+
+    sanitizer = "thread" if mistake.caught == "thread" else "address"
+    changed = build.including(mistake.file)
+    program = build.build(
+        tmp_path / "built",
+        sanitizer,
+        main=CHECK,
+        sources=sources,
+        head_dims=HEAD_DIMS,
+        only=changed,
+        others=programs[sanitizer],
+    )
+    mode = {"thread": "lazy", "random": "random:1"}.get(mistake.caught, mistake.caught)
+    done = run(program, mode)
+    said = done.stdout + done.stderr
+    assert done.returncode != 0, "nothing was noticed"
+    assert mistake.says in said, said[-2000:]
