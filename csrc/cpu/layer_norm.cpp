@@ -227,31 +227,35 @@ void forward(const LayerNormParams& p) {
 // ---- backward ----------------------------------------------------------------------------------
 
 // A thread's sums of dweight and dbias, in the order of T, over two levels: the first takes kFlush
-// additions, then goes into the second, so that thousands of rows do not add up their rounding.
+// additions, then goes into the second, in float64, so that thousands of rows do not add up their
+// rounding.
 template <typename A>
 class Partials {
  public:
-  explicit Partials(int64_t n) : n_(n), sums_(new A[size_t(4 * n)]()) {}
-  A* dweight() { return sums_.get(); }
-  A* dbias() { return sums_.get() + n_; }
-  const A* total_dweight() const { return sums_.get() + 2 * n_; }
-  const A* total_dbias() const { return sums_.get() + 3 * n_; }
+  explicit Partials(int64_t n)
+      : n_(n), recent_(new A[size_t(2 * n)]()), total_(new double[size_t(2 * n)]()) {}
+  A* dweight() { return recent_.get(); }
+  A* dbias() { return recent_.get() + n_; }
+  const double* total_dweight() const { return total_.get(); }
+  const double* total_dbias() const { return total_.get() + n_; }
   void added() {
     if (++pending_ == kFlush) flush();
   }
   void flush() {
-    A *recent = sums_.get(), *total = recent + 2 * n_;
-    each_vector<A>(2 * n_, [&](auto, int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
-      lanes.store(total + j, lanes.load(total + j) + lanes.load(recent + j));
-      lanes.store(recent + j, zero<A>());
-    });
+    A* recent = recent_.get();
+    double* total = total_.get();
+    for (int64_t j = 0; j < 2 * n_; ++j) {
+      total[j] += double(recent[j]);
+      recent[j] = 0;
+    }
     pending_ = 0;
   }
 
  private:
   static constexpr int kFlush = 16;
   int64_t n_;
-  std::unique_ptr<A[]> sums_;
+  std::unique_ptr<A[]> recent_;
+  std::unique_ptr<double[]> total_;
   int pending_ = 0;
 };
 
@@ -505,15 +509,13 @@ void backward(const LayerNormParams& p, const LayerNormGrads& grads) {
   if (!want_partials) return;
 
   // The threads' sums in their order: the same at every run.
-  const std::unique_ptr<A[]> sum = scratch<A>(n), natural = scratch<A>(n);
-  const auto reduce = [&](void* out, DType dtype, const A* (Partials<A>::*total)() const) {
+  const std::unique_ptr<double[]> sum = scratch<double>(n), natural = scratch<double>(n);
+  const auto reduce = [&](void* out, DType dtype, const double* (Partials<A>::*total)() const) {
     if (!out) return;
-    const A* first = (*partials[0].*total)();  // every thread had a row
+    const double* first = (*partials[0].*total)();  // every thread had a row
     for (size_t t = 1; t < partials.size(); ++t) {
-      const A* other = (*partials[t].*total)();
-      write_row<A>(sum.get(), n, false, [=](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
-        return lanes.load(first + j) + lanes.load(other + j);
-      });
+      const double* other = (*partials[t].*total)();
+      for (int64_t j = 0; j < n; ++j) sum[j] = first[j] + other[j];
       first = sum.get();
     }
     if (kPaired<T>) {

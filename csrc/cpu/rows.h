@@ -96,9 +96,9 @@ void to_order_of(A* out, const A* in, int64_t n) {
       }
   std::copy(in + j, in + n, out + j);
 }
-template <typename T, typename A>
-void from_order_of(A* out, const A* in, int64_t n) {
-  constexpr int64_t w = Vec<A>::kWidth;
+template <typename T, typename Number>
+void from_order_of(Number* out, const Number* in, int64_t n) {
+  constexpr int64_t w = Vec<Acc<T>>::kWidth;
   int64_t j = 0;
   if constexpr (kPaired<T>)
     for (; j + 2 * w <= n; j += 2 * w)
