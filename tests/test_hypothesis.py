@@ -6,15 +6,16 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from here import KERNELS
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 
 from fastattn import testing
-from fastattn.cases import DTYPES
 
 EXAMPLES = 150
 pytestmark = pytest.mark.skipif(not KERNELS, reason="nothing but the reference runs here")
 backends = st.sampled_from(KERNELS or ["reference"])
-dtypes = st.sampled_from(DTYPES)
+# Not float64, which leaves nothing more exact to hold it against: what PyTorch computes in it is as
+# far from the truth as we are. The case table and gradcheck have it.
+dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 seeds = st.integers(0, 2**16)
 
 
@@ -140,10 +141,6 @@ def test_layer_norm(data):
     has_weight, has_bias, rms = draw(st.booleans()), draw(st.booleans()), draw(st.booleans())
     residual_layout = draw(st.none() | layouts(len(shape)))
     backend, dropout_p = draw(backends), draw(st.sampled_from([0.0, 0.3]))
-    # dx of an RMS norm of one number is eps rstd^3 dy: in float64 less than the rounding of the terms
-    # whose difference PyTorch takes, so that there is nothing to compare with. test_cpu_norm_softmax
-    # has the formula.
-    assume(not (rms and math.prod(normalized) == 1 and dtype is torch.float64))
 
     def compare(n):  # the n-th draw of the numbers
         at = seed + 1000 * n
