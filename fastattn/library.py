@@ -89,12 +89,15 @@ class Op:
             return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
         if _nobody_looks(args):
             return self.run(*args, **self.alone)
-        return self.below_autograd(*args)
+        return self._through_dispatcher(*args)
 
     def below_autograd(self, *args: Any) -> Any:
         """The op without its derivative, for arguments that autograd has nothing to do with."""
         if _nobody_looks(args):
             return self.run(*args)  # the dispatcher would come to the same, 15 us later
+        return self._through_dispatcher(*args)
+
+    def _through_dispatcher(self, *args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload(*args)
 
@@ -105,8 +108,7 @@ class Op:
             with_tangent = forward_ad._current_level >= 0
             if with_tangent or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
                 return function.apply(*args)
-            with torch._C._AutoDispatchBelowAutograd():
-                return self.overload(*args)
+            return self._through_dispatcher(*args)
 
         _LIBRARY.impl(self.name, run, "Autograd")
 

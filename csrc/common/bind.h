@@ -83,6 +83,21 @@ inline View shared_view(const py::handle& dbias) {
   return v;
 }
 
+// outputs: delta, dq, dk, dv, dbias; None where not asked for.
+inline AttentionGrads attention_grads(const py::handle& dout, const py::handle& dlse,
+                                      const py::handle& outputs) {
+  expect_tuple(outputs, 5, "outputs");
+  AttentionGrads grads{};
+  grads.dout = view(dout);
+  grads.dlse = address(dlse);
+  grads.delta = address(field(outputs, 0));
+  grads.dq = view(field(outputs, 1));
+  grads.dk = view(field(outputs, 2));
+  grads.dv = view(field(outputs, 3));
+  grads.dbias = shared_view(field(outputs, 4));
+  return grads;
+}
+
 // What rows_of() and columns_of() of fastattn/backends/rows.py give: (sizes, tensors, strides,
 // ...).
 class Walk {
@@ -117,7 +132,7 @@ class Walk {
   py::handle sizes_, tensors_, strides_;
 };
 
-// A LayerNormCall, but for what is walked.
+// A LayerNormCall; of what is walked, the first, which is normalised.
 inline LayerNormParams layer_norm_params(const py::handle& call, const Walk& walk,
                                          const py::handle& mean, const py::handle& rstd,
                                          int threads) {
@@ -126,6 +141,7 @@ inline LayerNormParams layer_norm_params(const py::handle& call, const Walk& wal
   LayerNormParams p{};
   p.dtype = walk.dtype(0);
   p.rows = walk.rows();
+  p.x = walk.view(0);
   p.width = integer(field(call, 5));
   p.weight = address(weight);
   p.bias = address(bias);
@@ -138,6 +154,32 @@ inline LayerNormParams layer_norm_params(const py::handle& call, const Walk& wal
   p.dropout = dropout(field(call, 8), field(call, 4));
   p.threads = threads;
   return p;
+}
+
+// walk: x, residual. outputs: y, new_residual, mean, rstd.
+inline LayerNormParams layer_norm_forward_params(const py::handle& call, const py::handle& walk_,
+                                                 const py::handle& outputs, int threads) {
+  expect_tuple(outputs, 4, "outputs");
+  const Walk walk(walk_, 3, 3);
+  LayerNormParams p = layer_norm_params(call, walk, field(outputs, 2), field(outputs, 3), threads);
+  p.residual = walk.view(1);
+  p.y = address(field(outputs, 0));
+  p.new_residual = address(field(outputs, 1));
+  return p;
+}
+
+// walk: source, dy, dnew_residual. outputs: dx, dresidual, dweight, dbias; None where not asked
+// for.
+inline LayerNormGrads layer_norm_grads(const Walk& walk, const py::handle& outputs) {
+  expect_tuple(outputs, 4, "outputs");
+  LayerNormGrads grads{};
+  grads.dy = walk.view(1);
+  grads.dnew_residual = walk.view(2);
+  grads.dx = address(field(outputs, 0));
+  grads.dresidual = address(field(outputs, 1));
+  grads.dweight = address(field(outputs, 2));
+  grads.dbias = address(field(outputs, 3));
+  return grads;
 }
 
 // walk: x, and the mask where there is one, whose inner stride is the walk's last field.

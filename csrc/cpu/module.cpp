@@ -59,57 +59,31 @@ void bind_attention_forward(const py::handle& call, const py::handle& out, const
   attention_forward(p);
 }
 
-// results: out, lse, lse_low of the forward. outputs: delta, dq, dk, dv, dbias; None where not
-// asked for.
+// results: out, lse, lse_low of the forward.
 void bind_attention_backward(const py::handle& call, const py::handle& results,
                              const py::handle& dout, const py::handle& dlse,
                              const py::handle& outputs, int threads) {
   expect_tuple(results, 3, "results");
-  expect_tuple(outputs, 5, "outputs");
   const AttentionParams p =
       attention_params(call, field(results, 0), field(results, 1), field(results, 2), threads);
-  AttentionGrads grads{};
-  grads.dout = view(dout);
-  grads.dlse = address(dlse);
-  grads.delta = address(field(outputs, 0));
-  grads.dq = view(field(outputs, 1));
-  grads.dk = view(field(outputs, 2));
-  grads.dv = view(field(outputs, 3));
-  grads.dbias = shared_view(field(outputs, 4));
+  const AttentionGrads grads = attention_grads(dout, dlse, outputs);
   const py::gil_scoped_release unlocked;
   attention_backward(p, grads);
 }
 
-// walk: x, residual. outputs: y, new_residual, mean, rstd.
-void bind_layer_norm_forward(const py::handle& call, const py::handle& walk_,
+void bind_layer_norm_forward(const py::handle& call, const py::handle& walk,
                              const py::handle& outputs, int threads) {
-  expect_tuple(outputs, 4, "outputs");
-  const Walk walk(walk_, 3, 3);
-  LayerNormParams p = layer_norm_params(call, walk, field(outputs, 2), field(outputs, 3), threads);
-  p.x = walk.view(0);
-  p.residual = walk.view(1);
-  p.y = address(field(outputs, 0));
-  p.new_residual = address(field(outputs, 1));
+  const LayerNormParams p = layer_norm_forward_params(call, walk, outputs, threads);
   const py::gil_scoped_release unlocked;
   layer_norm_forward(p);
 }
 
-// walk: source, dy, dnew_residual. outputs: dx, dresidual, dweight, dbias; None where not asked
-// for.
 void bind_layer_norm_backward(const py::handle& call, const py::handle& walk_,
                               const py::handle& mean, const py::handle& rstd,
                               const py::handle& outputs, int threads) {
-  expect_tuple(outputs, 4, "outputs");
   const Walk walk(walk_, 3, 3);
-  LayerNormParams p = layer_norm_params(call, walk, mean, rstd, threads);
-  p.x = walk.view(0);
-  LayerNormGrads grads{};
-  grads.dy = walk.view(1);
-  grads.dnew_residual = walk.view(2);
-  grads.dx = address(field(outputs, 0));
-  grads.dresidual = address(field(outputs, 1));
-  grads.dweight = address(field(outputs, 2));
-  grads.dbias = address(field(outputs, 3));
+  const LayerNormParams p = layer_norm_params(call, walk, mean, rstd, threads);
+  const LayerNormGrads grads = layer_norm_grads(walk, outputs);
   const py::gil_scoped_release unlocked;
   layer_norm_backward(p, grads);
 }

@@ -192,18 +192,9 @@ void forward(const LayerNormParams& p, const Device& device) {
   c.out_aligned = is_aligned(p.y) && is_aligned(p.new_residual) && p.width % kPack<T> == 0;
   c.weight_aligned = is_aligned(p.weight);
   c.bias_aligned = is_aligned(p.bias);
-  const int64_t blocks = (p.rows.count() + c.plan.groups - 1) / c.plan.groups;
-  const Grid grid{blocks < kMaxBlocks ? blocks : kMaxBlocks};
-  const auto run = [&](auto kernel) {
-    launch("layer_norm_forward", kernel, grid, c.plan.threads * c.plan.groups, c.plan.bytes,
-           device.stream, c);
-  };
-  if (c.plan.held == 1)
-    run(layer_norm_forward_kernel<T, 1>);
-  else if (c.plan.held == 4)
-    run(layer_norm_forward_kernel<T, 4>);
-  else
-    run(layer_norm_forward_kernel<T, 0>);
+  launch_rows("layer_norm_forward", c, p.rows.count(), device.stream,
+              layer_norm_forward_kernel<T, 1>, layer_norm_forward_kernel<T, 4>,
+              layer_norm_forward_kernel<T, 0>);
 }
 
 }  // namespace

@@ -10,7 +10,7 @@
 
 #include "emulator.h"
 #else
-#include <cuda_runtime_api.h>
+#include "status.h"
 #endif
 
 namespace py = pybind11;
@@ -34,12 +34,6 @@ struct On {
 };
 
 #else
-
-void check(cudaError_t status, const char* what) {
-  if (status == cudaSuccess) return;
-  cudaGetLastError();  // the next call starts without it
-  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
-}
 
 Device limits_of(int device) {
   const auto ask = [&](cudaDeviceAttr attribute) {
@@ -100,24 +94,15 @@ void bind_attention_forward(const py::handle& call, const py::handle& out, const
   attention_forward(p, plan, space, on.device);
 }
 
-// results: out, lse of the forward. outputs: delta, dq, dk, dv, dbias; None where not asked for.
-// workspace: (4, batch, q_heads, q_len) float32.
+// results: out, lse of the forward. workspace: (4, batch, q_heads, q_len) float32.
 void bind_attention_backward(const py::handle& call, const py::handle& results,
                              const py::handle& dout, const py::handle& dlse,
                              const py::handle& outputs, const py::handle& workspace) {
   expect_tuple(results, 2, "results");
-  expect_tuple(outputs, 5, "outputs");
   const On on = device_of(call);
   const AttentionParams p =
       attention_params(call, field(results, 0), field(results, 1), py::none(), 1);
-  AttentionGrads grads{};
-  grads.dout = view(dout);
-  grads.dlse = address(dlse);
-  grads.delta = address(field(outputs, 0));
-  grads.dq = view(field(outputs, 1));
-  grads.dk = view(field(outputs, 2));
-  grads.dv = view(field(outputs, 3));
-  grads.dbias = shared_view(field(outputs, 4));
+  const AttentionGrads grads = attention_grads(dout, dlse, outputs);
   float* space = floats(workspace);
   const py::gil_scoped_release unlocked;
   attention_backward(p, grads, space, on.device);
@@ -125,38 +110,22 @@ void bind_attention_backward(const py::handle& call, const py::handle& results,
 
 // ---- layer norm and softmax --------------------------------------------------------------------
 
-// walk: x, residual. outputs: y, new_residual, mean, rstd.
-void bind_layer_norm_forward(const py::handle& call, const py::handle& walk_,
+void bind_layer_norm_forward(const py::handle& call, const py::handle& walk,
                              const py::handle& outputs) {
-  expect_tuple(outputs, 4, "outputs");
   const On on = device_of(call);
-  const Walk walk(walk_, 3, 3);
-  LayerNormParams p = layer_norm_params(call, walk, field(outputs, 2), field(outputs, 3), 1);
-  p.x = walk.view(0);
-  p.residual = walk.view(1);
-  p.y = address(field(outputs, 0));
-  p.new_residual = address(field(outputs, 1));
+  const LayerNormParams p = layer_norm_forward_params(call, walk, outputs, 1);
   const py::gil_scoped_release unlocked;
   layer_norm_forward(p, on.device);
 }
 
-// walk: source, dy, dnew_residual. outputs: dx, dresidual, dweight, dbias; None where not asked
-// for. partials: (partial rows, 2, width) float32.
+// partials: (partial rows, 2, width) float32.
 void bind_layer_norm_backward(const py::handle& call, const py::handle& walk_,
                               const py::handle& mean, const py::handle& rstd,
                               const py::handle& outputs, const py::handle& partials) {
-  expect_tuple(outputs, 4, "outputs");
   const On on = device_of(call);
   const Walk walk(walk_, 3, 3);
-  LayerNormParams p = layer_norm_params(call, walk, mean, rstd, 1);
-  p.x = walk.view(0);
-  LayerNormGrads grads{};
-  grads.dy = walk.view(1);
-  grads.dnew_residual = walk.view(2);
-  grads.dx = address(field(outputs, 0));
-  grads.dresidual = address(field(outputs, 1));
-  grads.dweight = address(field(outputs, 2));
-  grads.dbias = address(field(outputs, 3));
+  const LayerNormParams p = layer_norm_params(call, walk, mean, rstd, 1);
+  const LayerNormGrads grads = layer_norm_grads(walk, outputs);
   const DLTensor sums = tensor(partials);
   const int64_t partial_rows = sums.shape[0];
   auto* space = reinterpret_cast<float*>(sums.address());
@@ -171,7 +140,6 @@ void bind_softmax_forward(const py::handle& call, const py::handle& walk, const 
   softmax_forward(p, on.device);
 }
 
-// walk: y, dy.
 void bind_softmax_backward(const py::handle& walk, double scale, bool log, const py::handle& dx) {
   const On on(tensor(dx));
   const SoftmaxGrads p = softmax_grads(walk, scale, log, dx, 1);

@@ -129,18 +129,8 @@ void rows_forward(Call& c, const Device& device) {
   const SoftmaxParams& p = c.p;
   c.plan = row_plan(p.width, kPack<T>, 4 * kPack<T>, device.shared_bytes, 256);
   c.x_aligned = rows_aligned<T>(p.x, p.rows);
-  const int64_t blocks = (p.rows.count() + c.plan.groups - 1) / c.plan.groups;
-  const Grid grid{blocks < kMaxBlocks ? blocks : kMaxBlocks};
-  const auto run = [&](auto kernel) {
-    launch("softmax_forward", kernel, grid, c.plan.threads * c.plan.groups, c.plan.bytes,
-           device.stream, c);
-  };
-  if (c.plan.held == 1)
-    run(softmax_forward_kernel<T, 1>);
-  else if (c.plan.held == 4)
-    run(softmax_forward_kernel<T, 4>);
-  else
-    run(softmax_forward_kernel<T, 0>);
+  launch_rows("softmax_forward", c, p.rows.count(), device.stream, softmax_forward_kernel<T, 1>,
+              softmax_forward_kernel<T, 4>, softmax_forward_kernel<T, 0>);
 }
 
 }  // namespace

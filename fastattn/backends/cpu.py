@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import importlib
-import math
 import os
 from importlib.util import find_spec
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .base import AttentionCall, Backend, Needs, empty_output, statistics_dtype
-from .cpu_rows import RowKernels
+from .base import (
+    AttentionCall,
+    Backend,
+    Needs,
+    bias_gradient_shape,
+    empty_output,
+    sink_gradient,
+    statistics_dtype,
+)
+from .extension import show_tensors
+from .row_kernels import RowKernels
 
 if TYPE_CHECKING:
     from ..dispatch import Request
@@ -51,15 +59,8 @@ def load_extension() -> tuple[ModuleType | None, str, str]:
         for isa in [wanted] if wanted else [isa for isa in ISAS if isa in built]:
             if isa in usable:
                 module = importlib.import_module(f"fastattn._cpu_{isa}")
-                try:
-                    module.use_exchange(Tensor.__dlpack_c_exchange_api__)
-                except (AttributeError, ImportError):
-                    return (
-                        None,
-                        "",
-                        f"torch {torch.__version__} does not offer DLPack's exchange API 1",
-                    )
-                return module, isa, ""
+                obstacle = show_tensors(module)
+                return (None, "", obstacle) if obstacle else (module, isa, "")
     if wanted:
         raise ImportError(f"FASTATTN_CPU_ISA={wanted!r}: this CPU or its system does not have it")
     return None, "", reason or "no extension that was built runs on this CPU"
@@ -76,6 +77,9 @@ class CpuBackend(RowKernels, Backend):
 
     def detail(self) -> str:
         return self.isa
+
+    def launch_arguments(self) -> tuple[Any, ...]:
+        return (torch.get_num_threads(),)
 
     def reasons(self, request: Request) -> list[str]:
         reasons = []
@@ -121,30 +125,16 @@ class CpuBackend(RowKernels, Backend):
         )
         dbias = None
         if bias is not None and needs[3]:
-            shape = [
-                size if step else 1 for size, step in zip(bias.shape, bias.stride(), strict=True)
-            ]
-            dbias = lse.new_zeros(shape)  # zeros: whole tiles may be masked
+            dbias = lse.new_zeros(bias_gradient_shape(bias))  # zeros: whole tiles may be masked
         delta = torch.empty_like(lse)
         if dlse is not None:
             dlse = dlse.to(lse.dtype).contiguous()
-        self.module.attention_backward(
-            call,
-            (out, lse, lse_low),
-            dout,
-            dlse,
-            (delta, dq, dk, dv, dbias),
-            torch.get_num_threads(),
-        )
+        outputs = (delta, dq, dk, dv, dbias)
+        results, threads = (out, lse, lse_low), torch.get_num_threads()
+        self.module.attention_backward(call, results, dout, dlse, outputs, threads)
         dsinks = None
         if sinks is not None and needs[4]:
-            # The sink's probability is exp(sink - lse); its value is zero, so its dp is too.
-            # One number gathers from every row: in float64, as the sum of many like the parts.
-            exact_lse = lse.double() if lse_low is None else lse.double() + lse_low
-            share = torch.exp(sinks.double()[:, None] - exact_lse)
-            share = share.masked_fill(lse == -math.inf, 0.0)
-            dlogit = share * (delta if dlse is None else delta - dlse)
-            dsinks = -dlogit.sum((0, 2)).to(sinks.dtype)
+            dsinks = sink_gradient(sinks, lse, lse_low, delta, dlse)
         if bias is not None and dbias is not None:
             dbias = dbias.to(bias.dtype)
         return dq, dk, dv, dbias, dsinks

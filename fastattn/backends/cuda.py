@@ -8,15 +8,23 @@ from __future__ import annotations
 
 import functools
 import importlib
-import math
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .base import AttentionCall, Backend, LayerNormCall, Needs, SoftmaxCall, empty_output
-from .rows import columns_of, rows_of
+from .base import (
+    AttentionCall,
+    Backend,
+    LayerNormCall,
+    Needs,
+    bias_gradient_shape,
+    empty_output,
+    sink_gradient,
+)
+from .extension import show_tensors
+from .row_kernels import RowKernels
 
 if TYPE_CHECKING:
     from ..dispatch import Request
@@ -31,12 +39,12 @@ def load_extension() -> tuple[ModuleType | None, str]:
     """(module, why there is none)"""
     try:
         module = importlib.import_module("fastattn._cuda")
-        module.use_exchange(Tensor.__dlpack_c_exchange_api__)
-        return module, ""
+        obstacle = show_tensors(module)
+        return (None, obstacle) if obstacle else (module, "")
     except ModuleNotFoundError:
         pass
-    except (AttributeError, ImportError):
-        return None, f"torch {torch.__version__} does not offer DLPack's exchange API 1"
+    except ImportError as error:
+        return None, f"its module cannot be imported: {error}"
     try:
         reason = str(importlib.import_module("fastattn._build_info").CUDA_REASON)
     except (ModuleNotFoundError, AttributeError):
@@ -44,7 +52,7 @@ def load_extension() -> tuple[ModuleType | None, str]:
     return None, f"not built: {reason or 'run pip install . where there is nvcc'}"
 
 
-class CudaBackend(Backend):
+class CudaBackend(RowKernels, Backend):
     name = "cuda"
 
     def __init__(self, module: ModuleType | None = None) -> None:
@@ -54,20 +62,14 @@ class CudaBackend(Backend):
             module, reason = load_extension()
             self._unavailable = reason or None  # the device is looked for when somebody asks
         else:
-            module.use_exchange(Tensor.__dlpack_c_exchange_api__)
-            self._unavailable = ""
-        self._module = module
+            self._unavailable = show_tensors(module)
+        self.module: Any = module
         self._emulated_limits = module.limits(0) if module and self.emulated else ()
         # What a block of attention needs, read now: reasons() may run under torch.compile.
         self._head_dims = [
             (n, module.attention_shared_bytes(n) if module else 1)
             for n in range(32, MAX_HEAD_DIM + 1, 32)
         ]
-
-    @property
-    def module(self) -> ModuleType:
-        assert self._module is not None
-        return self._module
 
     @property
     def device(self) -> str:
@@ -117,8 +119,6 @@ class CudaBackend(Backend):
         """(shared memory that a block may have, multiprocessors)"""
         return self._emulated_limits or _limits_of(device.index or 0)
 
-    # ------------------------------------------------------------------------------- attention
-
     def attention_forward(self, call: AttentionCall) -> tuple[Tensor, Tensor, None]:
         q = call.q
         out = empty_output(q, call.v.shape[3])
@@ -148,10 +148,7 @@ class CudaBackend(Backend):
         )
         dbias = None
         if bias is not None and needs[3]:
-            shape = [
-                size if step else 1 for size, step in zip(bias.shape, bias.stride(), strict=True)
-            ]
-            dbias = (lse.new_zeros if empty else lse.new_empty)(shape)
+            dbias = (lse.new_zeros if empty else lse.new_empty)(bias_gradient_shape(bias))
         lse = lse.contiguous()
         delta = torch.empty_like(lse)
         if dlse is not None:
@@ -161,82 +158,19 @@ class CudaBackend(Backend):
         self.module.attention_backward(call, (out, lse), dout, dlse, outputs, workspace)
         dsinks = None
         if sinks is not None and needs[4]:
-            # The sink's probability is exp(sink - lse); its value is zero, so its dp is too.
-            # One number gathers from every row: in float64.
-            share = torch.exp(sinks.double()[:, None] - lse.double())
-            share = share.masked_fill(lse == -math.inf, 0.0)
-            dlogit = share * (delta if dlse is None else delta - dlse)
-            dsinks = -dlogit.sum((0, 2)).to(sinks.dtype)
+            dsinks = sink_gradient(sinks, lse, lse_low, delta, dlse)
         if bias is not None and dbias is not None:
             dbias = dbias.to(bias.dtype)
         return dq, dk, dv, dbias, dsinks
 
-    # ------------------------------------------------------------------------------ layer norm
-
-    def layer_norm_forward(
-        self, call: LayerNormCall
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        call = _with_contiguous_weights(call)
-        x, residual, width = call.x, call.residual, call.width
-        rows = x.numel() // width if width else 0
-        y = _empty(x)
-        new_residual = None if residual is None else _empty(x)
-        mean = rstd = None
-        if call.for_backward:
-            rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
-            mean = None if call.rms else torch.empty_like(rstd)
-        outputs = y, new_residual, mean, rstd
-        if rows:
-            self.module.layer_norm_forward(call, rows_of(width, x, residual), outputs)
-        return outputs
-
-    def layer_norm_backward(
-        self,
-        call: LayerNormCall,
-        source: Tensor,
-        mean: Tensor | None,
-        rstd: Tensor,
-        dy: Tensor,
-        dnew_residual: Tensor | None,
-        needs: Needs,
-    ) -> tuple[Tensor | None, ...]:
-        call = _with_contiguous_weights(call)
-        like = (source, None if call.residual is None else source, call.weight, call.bias)
-        grads = tuple(
-            _empty(x) if need and x is not None else None
-            for x, need in zip(like, needs, strict=True)
-        )
-        rows = rstd.numel()
-        if not rows:
-            for dx in grads:
-                if dx is not None:
-                    dx.zero_()
-            return grads
-        partial_rows = 0
+    def sums_workspace(
+        self, call: LayerNormCall, rstd: Tensor, grads: tuple[Tensor | None, ...]
+    ) -> tuple[Any, ...]:
+        rows = 0
         if grads[2] is not None or grads[3] is not None:
             # Two blocks of four rows each for a multiprocessor.
-            partial_rows = max(4, min(rows, 8 * self._limits(source.device)[1]))
-        partials = rstd.new_empty((partial_rows, 2, call.width))
-        walk = rows_of(call.width, source, dy, dnew_residual)
-        self.module.layer_norm_backward(call, walk, mean, rstd, grads, partials)
-        return grads
-
-    # --------------------------------------------------------------------------------- softmax
-
-    def softmax_forward(self, call: SoftmaxCall) -> Tensor:
-        x = call.x
-        y = torch.empty(x.shape, dtype=call.dtype, device=x.device)
-        if x.numel():
-            self.module.softmax_forward(call, columns_of(call.dim, (x,), call.mask), y)
-        return y
-
-    def softmax_backward(
-        self, y: Tensor, dy: Tensor, dim: int, scale: float, log: bool, x_dtype: torch.dtype
-    ) -> Tensor:
-        dx = torch.empty(y.shape, dtype=x_dtype, device=y.device)
-        if y.numel():
-            self.module.softmax_backward(columns_of(dim, (y, dy)), scale, log, dx)
-        return dx
+            rows = max(4, min(rstd.numel(), 8 * self._limits(rstd.device)[1]))
+        return (rstd.new_empty((rows, 2, call.width)),)
 
 
 # ------------------------------------------------------------------------------------- the details
@@ -263,16 +197,3 @@ def _limits_of(index: int) -> tuple[int, int]:
 # Constants to torch.compile, which could not trace them.
 _no_device._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _limits_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _empty(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-def _with_contiguous_weights(call: LayerNormCall) -> LayerNormCall:
-    weight, bias = call.weight, call.bias
-    if weight is not None and not weight.is_contiguous():
-        call = call._replace(weight=weight.contiguous())
-    if bias is not None and not bias.is_contiguous():
-        call = call._replace(bias=bias.contiguous())
-    return call

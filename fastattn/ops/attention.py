@@ -158,7 +158,6 @@ def explain(
     Its ``backend`` is the name, its ``reasons`` the lists of reasons by name.
     """
     check_flag("return_lse", return_lse)
-    check_flag("return_lse", return_lse)
     if isinstance(q, Tensor) and _under_autocast(q):
         q, k, v, bias = _autocast(q, k, v, bias)
     spec = AttentionSpec.of(

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base import AttentionCall, Needs
+from ..base import AttentionCall, Needs, bias_gradient_shape
 from .attention_backward_kernels import (
     Spread,
     attention_dbias_kernel,
@@ -127,9 +127,7 @@ class BackwardPlan:
         """dbias, or the sums of which it is made: as large as the scores without the dimension
         along which the bias is the same."""
         batch, heads, q_len, k_len = bias.shape
-        self.dbias_shape = [
-            size if step else 1 for size, step in zip(bias.shape, bias.stride(), strict=True)
-        ]
+        self.dbias_shape = bias_gradient_shape(bias)
         self.shared = [a < b for a, b in zip(self.dbias_shape, bias.shape, strict=True)]
         if self.shared[3]:
             self.row_sums = bias.new_zeros((batch, heads, q_len), dtype=torch.float32)

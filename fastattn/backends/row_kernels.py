@@ -1,4 +1,4 @@
-"""The CPU backend's layer norm and softmax: outputs, and one call into C++ each.
+"""Layer norm and softmax of the backends in C++ and CUDA C++: outputs, and one call into C++ each.
 
 ``rows.py`` says how the rows of a tensor are walked.
 """
@@ -19,6 +19,16 @@ class RowKernels:
 
     module: Any
 
+    def launch_arguments(self) -> tuple[Any, ...]:
+        """What this extension takes beside what is to be computed."""
+        return ()
+
+    def sums_workspace(
+        self, call: LayerNormCall, rstd: Tensor, grads: tuple[Tensor | None, ...]
+    ) -> tuple[Any, ...]:
+        """The room that it wants for the sums of dweight and dbias, or nothing."""
+        return ()
+
     def layer_norm_forward(
         self, call: LayerNormCall
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -29,12 +39,12 @@ class RowKernels:
         new_residual = None if residual is None else _empty(x)
         mean = rstd = None
         if call.for_backward:
-            rstd = torch.empty(rows, dtype=statistics_dtype(x.dtype))
+            rstd = x.new_empty(rows, dtype=statistics_dtype(x.dtype))
             mean = None if call.rms else torch.empty_like(rstd)
         outputs = y, new_residual, mean, rstd
         if rows:
             walk = rows_of(width, x, residual)
-            self.module.layer_norm_forward(call, walk, outputs, torch.get_num_threads())
+            self.module.layer_norm_forward(call, walk, outputs, *self.launch_arguments())
         return outputs
 
     def layer_norm_backward(
@@ -55,8 +65,8 @@ class RowKernels:
         )
         if rstd.numel():
             walk = rows_of(call.width, source, dy, dnew_residual)
-            threads = torch.get_num_threads()
-            self.module.layer_norm_backward(call, walk, mean, rstd, grads, threads)
+            more = (*self.sums_workspace(call, rstd, grads), *self.launch_arguments())
+            self.module.layer_norm_backward(call, walk, mean, rstd, grads, *more)
         else:
             for dx in grads:
                 if dx is not None:
@@ -65,19 +75,19 @@ class RowKernels:
 
     def softmax_forward(self, call: SoftmaxCall) -> Tensor:
         x = call.x
-        y = _empty(x) if call.dtype is x.dtype else torch.empty(x.shape, dtype=call.dtype)
+        y = _empty(x) if call.dtype is x.dtype else x.new_empty(x.shape, dtype=call.dtype)
         if x.numel():
             walk = columns_of(call.dim, (x,), call.mask)
-            self.module.softmax_forward(call, walk, y, torch.get_num_threads())
+            self.module.softmax_forward(call, walk, y, *self.launch_arguments())
         return y
 
     def softmax_backward(
         self, y: Tensor, dy: Tensor, dim: int, scale: float, log: bool, x_dtype: torch.dtype
     ) -> Tensor:
-        dx = _empty(y) if x_dtype is y.dtype else torch.empty(y.shape, dtype=x_dtype)
+        dx = _empty(y) if x_dtype is y.dtype else y.new_empty(y.shape, dtype=x_dtype)
         if y.numel():
             walk = columns_of(dim, (y, dy))
-            self.module.softmax_backward(walk, scale, log, dx, torch.get_num_threads())
+            self.module.softmax_backward(walk, scale, log, dx, *self.launch_arguments())
         return dx
 
 
@@ -85,7 +95,7 @@ class RowKernels:
 
 
 def _empty(x: Tensor) -> Tensor:
-    return torch.empty_like(x) if x.is_contiguous() else torch.empty(x.shape, dtype=x.dtype)
+    return torch.empty_like(x) if x.is_contiguous() else x.new_empty(x.shape)
 
 
 def _with_contiguous_weights(call: LayerNormCall) -> LayerNormCall:
