@@ -1,5 +1,6 @@
 // How a call of attention becomes launches; and the kernels that know no head dim.
 #include <algorithm>
+#include <stdexcept>
 
 #include "attention_backward.h"
 #include "attention_forward.h"

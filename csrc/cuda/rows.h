@@ -1,6 +1,8 @@
 // What layer norm and softmax share: rows in packs of 16 bytes, groups of threads that take a row
 // each, and their sums.
 #pragma once
+#include <stdexcept>
+
 #include "launch.h"
 #include "params.h"
 
