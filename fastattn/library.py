@@ -52,7 +52,7 @@ _SCHEMAS = (
 for _schema in _SCHEMAS:
     _LIBRARY.define(_schema)
 
-_PLAIN = frozenset((type(None), bool, int, float, str, list, torch.dtype))
+_NOT_TENSORS = frozenset((type(None), bool, int, float, list))
 
 # Asked at every call, so by names that are found at once.
 _PARAMETER = torch.nn.Parameter
@@ -77,6 +77,9 @@ class Op:
         self.run = run
         self.alone = alone
         self.overload = getattr(torch.ops.fastattn, name).default
+        kinds = [str(argument.type) for argument in self.overload._schema.arguments]
+        # Arguments up to the last tensor; those after it are numbers and names.
+        self.tensors = max(i for i, kind in enumerate(kinds) if "Tensor" in kind) + 1
 
     def call(self, function: type[torch.autograd.Function], needs_grad: bool, *args: Any) -> Any:
         """The op, of which ``function`` is the differentiable form, by the shortest way."""
@@ -87,13 +90,13 @@ class Op:
         if needs_grad or forward_ad._current_level >= 0:
             # What Function.apply calls in the end; its inspection of signatures takes 100 us.
             return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
-        if _nobody_looks(args):
+        if _nobody_looks(args[: self.tensors]):
             return self.run(*args, **self.alone)
         return self._through_dispatcher(*args)
 
     def below_autograd(self, *args: Any) -> Any:
         """The op without its derivative, for arguments that autograd has nothing to do with."""
-        if _nobody_looks(args):
+        if _nobody_looks(args[: self.tensors]):
             return self.run(*args)  # the dispatcher would come to the same, 15 us later
         return self._through_dispatcher(*args)
 
@@ -133,7 +136,7 @@ def _nobody_looks(args: tuple[Any, ...]) -> bool:
             # without any, or a batch of gradients (is_grads_batched).
             if x.is_meta or x.is_neg() or x._is_zerotensor() or _is_batch(x):
                 return False
-        elif kind not in _PLAIN:
+        elif kind not in _NOT_TENSORS:
             return False
     return True
 

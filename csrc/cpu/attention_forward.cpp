@@ -77,12 +77,12 @@ class ForwardTile {
     const int begin = int(std::max<int64_t>(seen.begin - j, 0) / kWide * kWide);
     const int end = int(std::min<int64_t>(seen.end - j, n));
     if (begin >= end) return;
-    const int panels = int(round_up(end - begin, kWide) / kWide), width = panels * kWide;
+    const int width = int(round_up(end - begin, Vec<A>::kWidth));
     const ptrdiff_t k_stride = ptrdiff_t(d_elems_) * kWide;
     mod.prefetch(i + r0, rows, j + begin, end - begin);
     tile_product<Into::kStore, Compute>({q_ + ptrdiff_t(r0) * d_elems_, d_elems_, 1},
                                         {k_ + begin / kWide * k_stride, k_stride}, scores_,
-                                        kKeyBlock, rows, panels, d_elems_);
+                                        kKeyBlock, rows, width, d_elems_);
     const QueriesOfHead<A> query{mod, i + r0};
     softmax_.block(scores_, probs_, kKeyBlock, r0, rows, j + begin, end - begin, width, spoils,
                    query);
@@ -93,9 +93,9 @@ class ForwardTile {
     if (spoils) {
       for (int r = 0; r < rows; ++r)
         for (int c = 0; c < v_cols_; ++c) out[r * v_cols_ + c] *= softmax_.factors(r0)[r];
-      tile_matmul_sparse(left, right, out, v_cols_, rows, v_cols_ / kWide, depth);
+      tile_matmul_sparse(left, right, out, v_cols_, rows, v_cols_, depth);
     } else {
-      tile_product<Into::kRescale>(left, right, out, v_cols_, rows, v_cols_ / kWide, depth,
+      tile_product<Into::kRescale>(left, right, out, v_cols_, rows, v_cols_, depth,
                                    softmax_.factors(r0));
     }
   }

@@ -95,11 +95,10 @@ class BackwardTile {
     const KeyRange full = p_.mask.all_keys(i, i + rows, p_.shape.k_len);
     const bool hides = p_.bias || j_ < full.begin || j_ + n_ > full.end;
     spoils_ = hides && !(keys_finite_ && all_finite(q, rows, d_) && all_finite(dout, rows, dv_));
-    const int panels = int(round_up(n_, kWide) / kWide);
     if (wanted_.ds()) {
       pack_rows<Compute>(do_rows_, dv_elems_, dout, rows, dv_);
       product({do_rows_, dv_elems_, 1}, {v_transposed_, ptrdiff_t(dv_elems_) * kWide}, dprobs_,
-              rows, panels, dv_elems_);
+              rows, dv_elems_);
     }
     if (wanted_.dk) pack_panels<Compute>(q_panels_, kByRow, q, rows, d_);
     if (wanted_.dv) pack_panels<Compute>(do_panels_, kByRow, dout, rows, dv_);
@@ -131,15 +130,16 @@ class BackwardTile {
   void add(Left<Compute> left, Panels<Compute> right, A* c, int cols, int rows, int depth) const {
     const int elems = int(round_up(depth, kDepth) / kDepth);
     if (spoils_)
-      tile_matmul_sparse(left, right, c, cols, rows, cols / kWide, elems);
+      tile_matmul_sparse(left, right, c, cols, rows, cols, elems);
     else
-      tile_matmul<Into::kAdd>(left, right, c, cols, rows, cols / kWide, elems);
+      tile_matmul<Into::kAdd>(left, right, c, cols, rows, cols, elems);
   }
 
-  void product(Left<Compute> a, Panels<Compute> b, A* c, int rows, int panels, int elems) const {
+  // c (rows, n_) = a . b
+  void product(Left<Compute> a, Panels<Compute> b, A* c, int rows, int elems) const {
     if constexpr (kDepth == 1)
-      if (few_queries(p_)) return tile_product_by_lanes(a, b, c, kKeys, rows, panels, elems);
-    tile_product<Into::kStore>(a, b, c, kKeys, rows, panels, elems);
+      if (few_queries(p_)) return tile_product_by_lanes(a, b, c, kKeys, rows, n_, elems);
+    tile_product<Into::kStore>(a, b, c, kKeys, rows, n_, elems);
   }
 
   // scores_ = q . k^T
@@ -148,10 +148,9 @@ class BackwardTile {
     i_ = i;
     rows_ = rows;
     const Source<T> q{p_.q.at<const T>(b_, h, i), p_.q.stride[2], p_.q.stride[3]};
-    const int panels = int(round_up(n_, kWide) / kWide);
     pack_rows<Compute>(q_rows_, d_elems_, q, rows, d_);
     product({q_rows_, d_elems_, 1}, {k_transposed_, ptrdiff_t(d_elems_) * kWide}, scores_, rows,
-            panels, d_elems_);
+            d_elems_);
     return q;
   }
 

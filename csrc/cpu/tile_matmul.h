@@ -74,8 +74,16 @@ enum class Into {
   kRescale  // C = factor[m] * C + A . B
 };
 
-// Accumulators are scalar variables: gcc keeps small arrays in loops on the stack.
-template <class Compute, int kRows, Into kInto>
+template <Into kInto, typename A>
+FASTATTN_INLINE void tile_matmul_write(A* c, Vec<A> sum, const A* factor) {
+  if constexpr (kInto == Into::kAdd) sum = load(c) + sum;
+  if constexpr (kInto == Into::kRescale) sum = fma(set1(*factor), load(c), sum);
+  store(c, sum);
+}
+
+// kVectors, 2 or 1: how much of the panel is computed. Accumulators are scalar variables: gcc keeps
+// small arrays in loops on the stack.
+template <class Compute, int kVectors, int kRows, Into kInto>
 FASTATTN_INLINE void tile_matmul_step(const typename Compute::Elem* a, ptrdiff_t a_row,
                                       ptrdiff_t a_k, const typename Compute::Elem* b,
                                       typename Compute::Acc* c, ptrdiff_t c_row, int k_elems,
@@ -85,30 +93,20 @@ FASTATTN_INLINE void tile_matmul_step(const typename Compute::Elem* a, ptrdiff_t
   constexpr int w = V::kWidth;
 #define FASTATTN_ROWS(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
 #define FASTATTN_ZERO(r) V c##r##0 = zero<A>(), c##r##1 = zero<A>();
-#define FASTATTN_STEP(r)                              \
-  if constexpr (kRows > r) {                          \
-    const auto x = Compute::broadcast(a + r * a_row); \
-    c##r##0 = Compute::step(x, b0, c##r##0);          \
-    c##r##1 = Compute::step(x, b1, c##r##1);          \
+#define FASTATTN_STEP(r)                                                 \
+  if constexpr (kRows > r) {                                             \
+    const auto x = Compute::broadcast(a + r * a_row);                    \
+    c##r##0 = Compute::step(x, b0, c##r##0);                             \
+    if constexpr (kVectors > 1) c##r##1 = Compute::step(x, b1, c##r##1); \
   }
-#define FASTATTN_WRITE(r)                         \
-  if constexpr (kRows > r) {                      \
-    A* p = c + r * c_row;                         \
-    if constexpr (kInto == Into::kStore) {        \
-      store(p, c##r##0);                          \
-      store(p + w, c##r##1);                      \
-    } else if constexpr (kInto == Into::kAdd) {   \
-      store(p, load(p) + c##r##0);                \
-      store(p + w, load(p + w) + c##r##1);        \
-    } else {                                      \
-      const V f = set1(factor[r]);                \
-      store(p, fma(f, load(p), c##r##0));         \
-      store(p + w, fma(f, load(p + w), c##r##1)); \
-    }                                             \
+#define FASTATTN_WRITE(r)                                                                         \
+  if constexpr (kRows > r) {                                                                      \
+    tile_matmul_write<kInto>(c + r * c_row, c##r##0, factor + r);                                 \
+    if constexpr (kVectors > 1) tile_matmul_write<kInto>(c + r * c_row + w, c##r##1, factor + r); \
   }
   FASTATTN_ROWS(FASTATTN_ZERO)
   for (int k = 0; k < k_elems; ++k) {
-    const auto b0 = Compute::load_b(b), b1 = Compute::load_b(b + w);
+    const auto b0 = Compute::load_b(b), b1 = kVectors > 1 ? Compute::load_b(b + w) : b0;
     FASTATTN_ROWS(FASTATTN_STEP)
     a += a_k;
     b += 2 * w;
@@ -120,17 +118,18 @@ FASTATTN_INLINE void tile_matmul_step(const typename Compute::Elem* a, ptrdiff_t
 #undef FASTATTN_WRITE
 }
 
-template <class Compute, Into kInto, int kRows>
+template <class Compute, int kVectors, int kRows, Into kInto>
 FASTATTN_INLINE void tile_matmul_rest(int rows, const typename Compute::Elem* a, ptrdiff_t a_row,
                                       ptrdiff_t a_k, const typename Compute::Elem* b,
                                       typename Compute::Acc* c, ptrdiff_t c_row, int k_elems,
                                       const typename Compute::Acc* factor) {
   if constexpr (kRows > 0) {
     if (rows == kRows)
-      tile_matmul_step<Compute, kRows, kInto>(a, a_row, a_k, b, c, c_row, k_elems, factor);
+      tile_matmul_step<Compute, kVectors, kRows, kInto>(a, a_row, a_k, b, c, c_row, k_elems,
+                                                        factor);
     else
-      tile_matmul_rest<Compute, kInto, kRows - 1>(rows, a, a_row, a_k, b, c, c_row, k_elems,
-                                                  factor);
+      tile_matmul_rest<Compute, kVectors, kRows - 1, kInto>(rows, a, a_row, a_k, b, c, c_row,
+                                                            k_elems, factor);
   }
 }
 
@@ -147,21 +146,28 @@ struct Panels {
   ptrdiff_t stride;
 };
 
-// C has `rows` rows and `panels` * kPanel columns; factor is read for Into::kRescale only.
+template <class Compute, int kVectors, Into kInto>
+FASTATTN_INLINE void tile_matmul_panel(Left<Compute> a, const typename Compute::Elem* b,
+                                       typename Compute::Acc* c, ptrdiff_t c_row, int rows,
+                                       int k_elems, const typename Compute::Acc* factor) {
+  int r = 0;
+  for (; r + kTileRows <= rows; r += kTileRows)
+    tile_matmul_step<Compute, kVectors, kTileRows, kInto>(
+        a.data + r * a.row, a.row, a.depth, b, c + r * c_row, c_row, k_elems, factor + r);
+  tile_matmul_rest<Compute, kVectors, kTileRows - 1, kInto>(
+      rows - r, a.data + r * a.row, a.row, a.depth, b, c + r * c_row, c_row, k_elems, factor + r);
+}
+
+// C has `rows` rows and `cols` columns, which are filled up to a whole vector; factor is read for
+// Into::kRescale only.
 template <Into kInto, class Compute>
 FASTATTN_NOINLINE void tile_matmul(Left<Compute> a, Panels<Compute> b, typename Compute::Acc* c,
-                                   ptrdiff_t c_row, int rows, int panels, int k_elems,
+                                   ptrdiff_t c_row, int rows, int cols, int k_elems,
                                    const typename Compute::Acc* factor = nullptr) {
   constexpr int width = kPanel<typename Compute::Acc>;
-  for (int p = 0; p < panels; ++p, b.data += b.stride, c += width) {
-    int r = 0;
-    for (; r + kTileRows <= rows; r += kTileRows)
-      tile_matmul_step<Compute, kTileRows, kInto>(a.data + r * a.row, a.row, a.depth, b.data,
-                                                  c + r * c_row, c_row, k_elems, factor + r);
-    tile_matmul_rest<Compute, kInto, kTileRows - 1>(rows - r, a.data + r * a.row, a.row, a.depth,
-                                                    b.data, c + r * c_row, c_row, k_elems,
-                                                    factor + r);
-  }
+  for (; cols > width / 2; cols -= width, b.data += b.stride, c += width)
+    tile_matmul_panel<Compute, 2, kInto>(a, b.data, c, c_row, rows, k_elems, factor);
+  if (cols > 0) tile_matmul_panel<Compute, 1, kInto>(a, b.data, c, c_row, rows, k_elems, factor);
 }
 
 // One of the values of an element.
@@ -181,13 +187,13 @@ constexpr int kSumRun = kTileRows == 8 ? 16 : 32;
 // As tile_matmul, summed by parts.
 template <Into kInto, class Compute>
 inline void tile_product(Left<Compute> a, Panels<Compute> b, typename Compute::Acc* c,
-                         ptrdiff_t c_row, int rows, int panels, int k_elems,
+                         ptrdiff_t c_row, int rows, int cols, int k_elems,
                          const typename Compute::Acc* factor = nullptr) {
-  tile_matmul<kInto>(a, b, c, c_row, rows, panels, std::min(k_elems, kSumRun), factor);
+  tile_matmul<kInto>(a, b, c, c_row, rows, cols, std::min(k_elems, kSumRun), factor);
   for (int k = kSumRun; k < k_elems; k += kSumRun) {
     a.data += kSumRun * a.depth;
     b.data += kSumRun * kPanel<typename Compute::Acc>;
-    tile_matmul<Into::kAdd>(a, b, c, c_row, rows, panels, std::min(k_elems - k, kSumRun));
+    tile_matmul<Into::kAdd>(a, b, c, c_row, rows, cols, std::min(k_elems - k, kSumRun));
   }
 }
 
@@ -195,11 +201,11 @@ inline void tile_product(Left<Compute> a, Panels<Compute> b, typename Compute::A
 // ..., and then the lanes are added as a tree.
 template <typename A>
 FASTATTN_NOINLINE void tile_product_by_lanes(Left<Fma<A>> a, Panels<Fma<A>> b, A* c,
-                                             ptrdiff_t c_row, int rows, int panels, int k_elems) {
+                                             ptrdiff_t c_row, int rows, int cols, int k_elems) {
   using V = Vec<A>;
   constexpr int w = V::kWidth, width = kPanel<A>;
   for (int m = 0; m < rows; ++m)
-    for (int n = 0; n < panels * width; n += w) {
+    for (int n = 0; n < cols; n += w) {
       const A* column = b.data + n / width * b.stride + n % width;
       V sum[w];
       for (V& lane : sum) lane = zero<A>();
@@ -216,7 +222,7 @@ FASTATTN_NOINLINE void tile_product_by_lanes(Left<Fma<A>> a, Panels<Fma<A>> b, A
 template <class Compute>
 FASTATTN_NOINLINE void tile_matmul_sparse(Left<Compute> a, Panels<Compute> b,
                                           typename Compute::Acc* c, ptrdiff_t c_row, int rows,
-                                          int panels, int k_elems) {
+                                          int cols, int k_elems) {
   using A = typename Compute::Acc;
   constexpr int width = kPanel<A>;
   for (int m = 0; m < rows; ++m)
@@ -224,7 +230,7 @@ FASTATTN_NOINLINE void tile_matmul_sparse(Left<Compute> a, Panels<Compute> b,
       for (int part = 0; part < Compute::kDepth; ++part) {
         const A x = elem_value<Compute>(a.data + m * a.row + k * a.depth, part);
         if (x == 0) continue;
-        for (int n = 0; n < panels * width; ++n) {
+        for (int n = 0; n < cols; ++n) {
           const auto* e = b.data + n / width * b.stride + k * width + n % width;
           c[m * c_row + n] += x * elem_value<Compute>(e, part);
         }
