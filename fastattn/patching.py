@@ -112,7 +112,9 @@ def unpatch(model: nn.Module) -> Report:
     for name, module in model.named_modules():
         original = module.__dict__.get(_ORIGINAL)
         if original is not None and _is_sharded(module):
-            report.left[name] = f"{type(module).__name__}: sharded since; unpatch before fully_shard"
+            report.left[name] = (
+                f"{type(module).__name__}: sharded since; unpatch before fully_shard"
+            )
         elif original is not None:
             plan.append((module, original))
             report.replaced[name] = f"{original.__module__}.{original.__qualname__}"

@@ -13,8 +13,8 @@ from fastattn import nn as ours
 if not distributed.is_available() or not distributed.is_gloo_available():
     pytest.skip("this torch has no gloo", allow_module_level=True)
 
-from torch.distributed.fsdp import fully_shard  # noqa: E402
-from torch.nn.parallel import DistributedDataParallel  # noqa: E402
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 RANKS, STEPS = 2, 5
 
