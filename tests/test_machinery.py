@@ -126,6 +126,33 @@ def test_autocast_func_grad_inference_and_double_backward():
     torch.testing.assert_close(*second, atol=1e-4, rtol=1e-4)
 
 
+@models
+@pytest.mark.filterwarnings("ignore")
+def test_a_patched_model_is_traced_and_still_learns(make, shape):
+    """check_trace: a second trace is the same graph, op by op."""
+    model, x = make(), randn(*shape)
+    fastattn.patch(model)
+    traced = torch.jit.trace(model, (x,), check_trace=True)
+    assert "fastattn::layer_norm_forward" in str(traced.inlined_graph)
+    grads = []
+    for module in (model, traced):
+        leaf = randn(*shape, seed=1).requires_grad_()
+        grads.append(torch.autograd.grad(module(leaf).square().sum(), [leaf, *model.parameters()]))
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_attention_is_traced(need_weights):
+    class SelfAttention(fastattn.nn.MultiheadAttention):
+        def forward(self, x):
+            return super().forward(x, x, x, need_weights=need_weights)[0]
+
+    attention, x = SelfAttention(8, 2, batch_first=True), randn(2, 5, 8)
+    traced = torch.jit.trace(attention, (x,), check_trace=True)
+    torch.testing.assert_close(traced(x), attention(x))
+
+
 # -------------------------------------------------------------------------------------- autocast
 
 
