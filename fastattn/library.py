@@ -83,7 +83,7 @@ class Op:
 
     def call(self, function: type[torch.autograd.Function], needs_grad: bool, *args: Any) -> Any:
         """The op, of which ``function`` is the differentiable form, by the shortest way."""
-        if _is_compiling():
+        if _is_compiling() or _trace() is not None:
             return self.overload(*args)  # opaque to the compiler, which finds function later
         if _transforms_are_active():
             return function.apply(*args)

@@ -111,7 +111,11 @@ def unpatch(model: nn.Module) -> Report:
     report, plan = Report("restored"), []
     for name, module in model.named_modules():
         original = module.__dict__.get(_ORIGINAL)
-        if original is not None:
+        if original is not None and _is_sharded(module):
+            report.left[name] = (
+                f"{type(module).__name__}: sharded since; unpatch before fully_shard"
+            )
+        elif original is not None:
             plan.append((module, original))
             report.replaced[name] = f"{original.__module__}.{original.__qualname__}"
     _swap(plan, restoring=True)
@@ -164,6 +168,8 @@ def _replacement(
 ) -> tuple[type[nn.Module] | None, str]:
     """(the class to give it, what that is), or (None, why it stays as it is, or "")."""
     kind: Any = type(module)
+    if _is_sharded(module):
+        kind = kind.__mro__[2]  # after its own and FSDPModule
     if kind in _OURS or _ORIGINAL in module.__dict__:
         return None, "served by fastattn already"
     new = ours.OURS.get(kind)
@@ -181,7 +187,7 @@ def _replacement(
         return None, f"{name}: its forward was replaced on the module itself"
     if parametrize.is_parametrized(module):
         return None, f"{name}: parametrized, its class is made and unmade by torch"
-    if any(base.__name__ == "FSDPModule" for base in kind.__mro__):
+    if _is_sharded(module):
         return None, f"{name}: sharded already; patch before fully_shard"
     if new is not None:
         return new, f"fastattn.nn.{new.__name__}"
@@ -192,6 +198,11 @@ def _replacement(
     if form is not None:
         return _routed(kind, form), f"{name}, an RMS norm, by fastattn"
     return _routed(kind, None), f"{name}, its {' and '.join(calls)} by fastattn"
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    """By ``fully_shard``, which has given it a class of its own."""
+    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
 
 
 def _is_container(module: nn.Module) -> bool:

@@ -116,7 +116,15 @@ def softmax(
 
 def served(*tensors: Tensor | None) -> bool:
     """Whether our kernels take these: plain tensors of our dtypes, no forward-mode derivatives."""
-    return all(x is None or (is_plain(x) and x.dtype in DTYPES) for x in tensors)
+    for x in tensors:  # a loop, and is_plain written out: this runs at every call
+        if x is None:
+            continue
+        kind = type(x)
+        if kind is not Tensor and kind is not _PARAMETER and not _is_traced(x):
+            return False
+        if x.dtype not in DTYPES or x.layout is not _STRIDED or x.is_nested:
+            return False
+    return forward_ad._current_level < 0
 
 
 def is_plain(x: Any) -> bool:
@@ -136,7 +144,7 @@ def _is_traced(x: Any) -> bool:
 
 def autocasts_to_float32(op: str, x: Tensor) -> bool:
     """Whether autocast is on for x's device and has torch compute ``op`` in float32 there."""
-    return (op, x.device.type) in _AUTOCAST_FLOAT32 and attention_ops._under_autocast(x)
+    return attention_ops._under_autocast(x) and (op, x.device.type) in _AUTOCAST_FLOAT32
 
 
 def _to_float32(x: Any) -> Any:

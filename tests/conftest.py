@@ -16,7 +16,7 @@ import torch
 from here import BACKENDS, INTERPRETED
 from hypothesis import HealthCheck, settings
 
-from fastattn import dispatch
+from fastattn import dispatch, library
 
 settings.register_profile(
     "fastattn",
@@ -52,6 +52,22 @@ def watched():
     """Every load and store of the interpreter, for lanes out of bounds and programs that collide."""
     with sanitizer.sanitized():
         yield
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The names of the ops that ran, in order."""
+    ran = []
+    for op in (library.attention_forward, library.layer_norm_forward, library.softmax_forward):
+        original = op.run
+        monkeypatch.setattr(
+            op,
+            "run",
+            lambda *a, op=op, f=original, **k: (
+                ran.append(op.name.split("_forward")[0]) or f(*a, **k)
+            ),
+        )
+    return ran
 
 
 def pytest_collection_modifyitems(config, items):

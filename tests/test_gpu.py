@@ -89,6 +89,24 @@ def test_a_graph_replays_what_was_captured(backend):
         assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_graph_of_a_patched_model(dtype):
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(64, 4, 128, 0.0, batch_first=True)
+    model = torch.nn.TransformerEncoder(layer, 2).to("cuda", dtype)
+    assert fastattn.patch(model).replaced
+    x = torch.randn(2, 32, 64, device="cuda", dtype=dtype)
+    graphed = torch.cuda.make_graphed_callables(model, (x.clone().requires_grad_(),))
+    for scale in (1.0, 0.5):
+        results = []
+        for call in (model.forward, graphed):
+            leaf = (scale * x).requires_grad_()
+            out = call(leaf)
+            grads = torch.autograd.grad(out.square().sum(), [leaf, *model.parameters()])
+            results.append([out.detach().clone(), *(grad.clone() for grad in grads)])
+        torch.testing.assert_close(*results)
+
+
 def test_two_streams(backend):
     streams = [torch.cuda.Stream() for _ in range(2)]
     expected = step(backend, *inputs())

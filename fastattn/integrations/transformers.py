@@ -122,12 +122,17 @@ def _bias(mask: Tensor | None, position_bias: Tensor | None) -> Tensor | None:
 
 def _wants_weights(module: nn.Module, keywords: dict[str, Any]) -> bool:
     asked = keywords.get("output_attentions")
-    if asked is None:
-        asked = getattr(getattr(module, "config", None), "output_attentions", False)
-    if asked or _collector is None:
-        return bool(asked)
-    collected = _collector.get()
-    return collected is not None and any("attentions" in name for name in collected)
+    if asked:
+        return True
+    collected = None if _collector is None else _collector.get()
+    if collected is not None:  # what the model was asked for, the config's wishes included
+        for name in collected:  # noqa: SIM110 -- faster than any(), and runs at every call
+            if "attentions" in name:
+                return True
+        return False
+    if asked is not None:
+        return False
+    return bool(getattr(getattr(module, "config", None), "output_attentions", False))
 
 
 def _with_weights(
