@@ -162,11 +162,11 @@ struct Four {
 };
 
 // kSums sums over n numbers, to which add(acc, j, lanes) adds a vector each. Sums are over two
-// levels, so that many small terms are not rounded against one large sum.
-template <typename T, int kSums, typename Add>
+// levels, runs of kRun numbers and their totals, so that many small terms are not rounded against
+// one large sum.
+template <typename T, int kSums, int64_t kRun = sizeof(Acc<T>) == 8 ? 128 : 512, typename Add>
 FASTATTN_INLINE std::array<Acc<T>, kSums> sum_vectors(int64_t n, const Add& add) {
   using A = Acc<T>;
-  constexpr int64_t kRun = sizeof(A) == 8 ? 128 : 512;
   Vec<A> total[kSums];
   for (Vec<A>& sum : total) sum = zero<A>();
   for (int64_t begin = 0; begin < n; begin += kRun) {
