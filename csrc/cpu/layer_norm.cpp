@@ -15,13 +15,6 @@ struct Moments {
   double mean, variance;  // RMS: 0 and the mean square
 };
 
-// Numbers summed in one run: the portable vector has four lanes and one sum of each, to which 128
-// additions would show beside PyTorch's mean.
-template <typename T>
-constexpr int64_t kMomentRun = sizeof(Acc<T>) == 8 ? 128
-                               : kUnroll == 1      ? 64
-                                                   : 512;
-
 // Of each row: the sums of x - centre and of its square over n numbers of the first-level cache.
 template <typename T, int kRows>
 FASTATTN_INLINE auto sums_around(const Acc<T> (&centre)[kRows], const T* const (&x)[kRows],
@@ -29,7 +22,7 @@ FASTATTN_INLINE auto sums_around(const Acc<T> (&centre)[kRows], const T* const (
   using A = Acc<T>;
   Vec<A> centres[kRows];
   for (int r = 0; r < kRows; ++r) centres[r] = set1(centre[r]);
-  return sum_vectors<T, 2 * kRows, kMomentRun<T>>(
+  return sum_vectors<T, 2 * kRows>(
       n, [&](Vec<A>(&acc)[2 * kRows], int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
         for (int r = 0; r < kRows; ++r) {
           const Vec<A> d = lanes.keep(lanes.load(x[r] + j) - centres[r], A(0));
@@ -92,12 +85,12 @@ FASTATTN_NOINLINE Moments mean_square(const T* x, int64_t n) {
   using A = Acc<T>;
   double squares = 0;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const auto [sum] = sum_vectors<T, 1, kMomentRun<T>>(
-        std::min(kBlock, n - begin),
-        [&](Vec<A>(&acc)[1], int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
-          const Vec<A> v = lanes.load(x + begin + j);
-          acc[0] = fma(v, v, acc[0]);
-        });
+    const auto [sum] =
+        sum_vectors<T, 1>(std::min(kBlock, n - begin),
+                          [&](Vec<A>(&acc)[1], int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+                            const Vec<A> v = lanes.load(x + begin + j);
+                            acc[0] = fma(v, v, acc[0]);
+                          });
     squares += sum;
   }
   return {0, squares / double(n)};
@@ -288,7 +281,7 @@ FASTATTN_NOINLINE void backward_sums(BackwardRow<T>* rows, const Acc<T>* weight,
     x[r] = rows[r].x;
     dy[r] = rows[r].dy;
   }
-  constexpr int64_t kRun = 512;  // sums over two levels, as in sum_vectors
+  constexpr int64_t kRun = kRowRun<A>;  // sums over two levels, as in sum_vectors
   Vec<A> total_g[kRows], total_gd[kRows], total_d[kRows];
   for (int r = 0; r < kRows; ++r) total_g[r] = total_gd[r] = total_d[r] = zero<A>();
   for (int64_t begin = 0; begin < n; begin += kRun) {

@@ -161,12 +161,20 @@ struct Four {
   using Lanes = std::conditional_t<kPaired<T>, HalfPair<i % 2 != 0>, Whole>;
 };
 
+// Numbers summed in one run. The portable vector has four lanes and one sum of each, to which 128
+// additions would show beside PyTorch's.
+template <typename A>
+constexpr int64_t kRowRun = sizeof(A) == 8 ? 128
+                            : kUnroll == 1 ? 64
+                                           : 512;
+
 // kSums sums over n numbers, to which add(acc, j, lanes) adds a vector each. Sums are over two
 // levels, runs of kRun numbers and their totals, so that many small terms are not rounded against
 // one large sum.
-template <typename T, int kSums, int64_t kRun = sizeof(Acc<T>) == 8 ? 128 : 512, typename Add>
+template <typename T, int kSums, typename Add>
 FASTATTN_INLINE std::array<Acc<T>, kSums> sum_vectors(int64_t n, const Add& add) {
   using A = Acc<T>;
+  constexpr int64_t kRun = kRowRun<A>;
   Vec<A> total[kSums];
   for (Vec<A>& sum : total) sum = zero<A>();
   for (int64_t begin = 0; begin < n; begin += kRun) {
