@@ -489,6 +489,19 @@ OURS: dict[type[nn.Module], type[nn.Module]] = {
 """torch's class -> ours. Instances differ in nothing but the class."""
 
 
+def refuse_scripting(module: nn.Module) -> Any:
+    """What torch.jit.script asks of a module, and of all in it, before it compiles anything."""
+    raise TypeError(
+        f"torch.jit.script: expected code that it can compile, got {type(module).__name__} by "
+        "fastattn, which calls kernels; unpatch the model before, or use torch.compile, "
+        "torch.export or torch.jit.trace"
+    )
+
+
+for _mine in OURS.values():
+    _mine.__prepare_scriptable__ = refuse_scripting  # type: ignore[attr-defined]
+
+
 def adopt(root: nn.Module) -> None:
     """Makes torch's modules in ``root`` ours, by their class: they stay the same objects."""
     for module in root.modules():

@@ -247,6 +247,7 @@ def _routed(kind: Any, form: rms_modules.Form | None) -> type[nn.Module]:
         {
             "forward": functools.wraps(kind.forward)(forward if form is None else norm),
             "__reduce_ex__": reduce,
+            "__prepare_scriptable__": ours.refuse_scripting,
             "__module__": kind.__module__,
             "__qualname__": kind.__qualname__,
             "__doc__": kind.__doc__,

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import classes, models, randn, vision
+from small_models import classes, models, randn, translation, vision
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -151,6 +151,20 @@ def test_attention_is_traced(need_weights):
     attention, x = SelfAttention(8, 2, batch_first=True), randn(2, 5, 8)
     traced = torch.jit.trace(attention, (x,), check_trace=True)
     torch.testing.assert_close(traced(x), attention(x))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_scripting_a_patched_model_is_refused_and_leaves_it_whole():
+    model, x = translation().eval(), randn(2, 5, 16)
+    expected = model(x, x)
+    for part in (model, vision(), nn.Sequential(nn.ReLU(), nn.LayerNorm(16))):
+        fastattn.patch(part)
+        before = list(part.modules())
+        with pytest.raises(TypeError, match=r"torch.jit.script: .* unpatch the model before"):
+            torch.jit.script(part)
+        assert all(a is b for a, b in zip(before, part.modules(), strict=True))
+    fastattn.unpatch(model)
+    torch.testing.assert_close(torch.jit.script(model)(x, x), expected)
 
 
 # -------------------------------------------------------------------------------------- autocast

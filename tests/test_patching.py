@@ -1,5 +1,7 @@
 """patch and unpatch: what is replaced, what is left and why, and that it is put back."""
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -214,3 +216,34 @@ def test_the_model_itself():
     assert type(nn.LayerNorm(4)) is nn.LayerNorm
     fastattn.unpatch(norm)
     assert type(norm) is nn.LayerNorm
+
+
+@pytest.mark.parametrize(
+    ("library", "replaced"),
+    [
+        ("torchvision", {"fastattn.nn.MultiheadAttention", "fastattn.nn.LayerNorm"}),
+        (
+            "timm",
+            {
+                "Attention, its F.scaled_dot_product_attention by fastattn",
+                "LayerNorm, its F.layer_norm by fastattn",
+            },
+        ),
+    ],
+)
+def test_vision_libraries(library, replaced, calls):
+    """Where they are installed; ``small_models`` has what looks like them."""
+    try:
+        module = importlib.import_module(library)
+    except (ImportError, RuntimeError) as error:  # RuntimeError: built for another torch
+        pytest.skip(f"{library}: {error}")
+    if library == "timm":
+        model = module.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=3)
+    else:
+        model = module.models.VisionTransformer(32, 8, 2, 4, 32, 64, num_classes=3)
+        nn.init.normal_(model.heads.head.weight)  # zeros would hide everything
+    x = randn(2, 3, 32, 32)
+    expected = model.eval()(x)
+    assert set(fastattn.patch(model).replaced.values()) == replaced
+    torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
+    assert calls.count("attention") == 2 and calls.count("layer_norm") == 5

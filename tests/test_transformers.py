@@ -211,6 +211,64 @@ def test_twenty_steps_have_equal_losses(family):
     assert losses[0][-1] < losses[0][0]
 
 
+@pytest.mark.parametrize("family", ["gpt2", "t5", "gemma2"])
+@pytest.mark.parametrize("way", ["beam", "static cache", "no cache", "weights asked for"])
+def test_other_ways_to_generate(family, way):
+    options = {
+        "beam": {"num_beams": 3},
+        "static cache": {"cache_implementation": "static"},
+        "no cache": {"use_cache": False},
+        "weights asked for": {"output_attentions": True, "return_dict_in_generate": True},
+    }[way]
+    theirs = eager(family)
+    mine = copy.deepcopy(theirs)
+    fastattn.patch(mine)
+    keywords, _ = inputs(family, "left")
+    keywords.pop("decoder_input_ids", None)
+    outs = [
+        m.generate(**keywords, max_new_tokens=8, do_sample=False, pad_token_id=1, **options)
+        for m in (mine, theirs)
+    ]
+    if way == "weights asked for":
+        weights = [getattr(out, "attentions", None) or out.decoder_attentions for out in outs]
+        counts = inputs(family, "left")[1]  # of the prompt; a padding token's weights are its own
+        for ours, eagers in zip(*weights, strict=True):
+            for a, b in zip(ours, eagers, strict=True):
+                if counts is not None and a.shape[2] == counts.shape[1]:
+                    seen = counts[:, None, :, None].expand_as(b)
+                    a, b = a[seen], b[seen]
+                torch.testing.assert_close(a, b, **CLOSE)
+        outs = [out.sequences for out in outs]
+    assert torch.equal(*outs)
+
+
+@families
+def test_gradient_checkpointing(family):
+    theirs = eager(family)
+    mine = copy.deepcopy(theirs)
+    fastattn.patch(mine)
+    keywords, _ = inputs(family)
+    labels = torch.tensor([0, 2]) if family == "vit" else keywords["input_ids"]
+    grads = []
+    for model in (mine, theirs):
+        model.train().gradient_checkpointing_enable()
+        model(**keywords, labels=labels).loss.backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert grads[0] and grads[0].keys() == grads[1].keys()
+    for name, grad in grads[1].items():
+        torch.testing.assert_close(grads[0][name], grad, **CLOSE)
+
+
+def test_a_mask_of_the_wrong_shape():
+    model = eager("llama")
+    fastattn.patch(model)
+    keywords, _ = inputs("llama")
+    with pytest.raises(
+        ValueError, match=r"bias: expected a shape that broadcasts .* got \(2, 1, 9, 4\)"
+    ):
+        model(keywords["input_ids"], attention_mask=torch.zeros(2, 1, 9, 4))
+
+
 def test_a_model_inside_another():
     class Wrapper(nn.Module):
         def __init__(self):
