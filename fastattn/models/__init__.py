@@ -1,5 +1,11 @@
 """The reference Transformer. Not imported by `import fastattn`."""
 
+from fastattn.models.bert import (
+    MaskedLanguageModel,
+    PretrainingLogits,
+    SequenceClassifier,
+    mean_pool,
+)
 from fastattn.models.transformer import (
     Decoder,
     Encoder,
@@ -14,6 +20,10 @@ __all__ = [
     "Encoder",
     "EncoderDecoder",
     "LanguageModel",
+    "MaskedLanguageModel",
+    "PretrainingLogits",
+    "SequenceClassifier",
     "TransformerConfig",
     "cross_entropy",
+    "mean_pool",
 ]

@@ -50,6 +50,7 @@ class TransformerConfig:
     attention: str = "fused"  # "fused" or "naive": which kernels, for every operation at once
     bias: bool = True  # in linear layers and layer norms
     tie_weights: bool = True  # one table embeds the tokens and predicts them
+    segments: int = 0  # kinds of segments in a sequence (BERT: 2), each with an embedding; 0: none
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "max_len", "d_model", "n_heads", "n_layers", "kv_heads", "ff"):
@@ -57,6 +58,8 @@ class TransformerConfig:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 field = {"kv_heads": "n_kv_heads", "ff": "d_ff"}.get(name, name)
                 raise ValueError(f"{field} must be a positive integer, got {value!r}")
+        if type(self.segments) is not int or self.segments < 0:
+            raise ValueError(f"segments must be an integer of at least 0, got {self.segments!r}")
         if self.d_model % self.n_heads:
             raise ValueError(
                 f"d_model must be a multiple of n_heads, got {self.d_model} and {self.n_heads}"
@@ -333,7 +336,7 @@ def sinusoidal_positions(length: int, width: int) -> Tensor:
 
 
 class Embedding(nn.Module):
-    """Tokens and their positions as vectors."""
+    """Tokens, their positions and, where there are any, their segments as vectors."""
 
     table: Tensor  # (max_len, E), the sinusoids
 
@@ -349,11 +352,15 @@ class Embedding(nn.Module):
             self.scale = math.sqrt(config.d_model)
             table = sinusoidal_positions(config.max_len, config.d_model)
             self.register_buffer("table", table.to(self.token.weight.dtype), persistent=False)
+        self.segment = nn.Embedding(config.segments, config.d_model) if config.segments else None
 
-    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """tokens (B, S), positions (S,) or (B, S) -> (B, S, E)"""
+    def forward(self, tokens: Tensor, positions: Tensor, segments: Tensor | None = None) -> Tensor:
+        """tokens (B, S), positions (S,) or (B, S), segments (B, S) -> (B, S, E)"""
         where = self.table[positions] if self.position is None else self.position(positions)
-        return F.dropout(self.scale * self.token(tokens) + where, self.dropout, self.training)
+        x = self.scale * self.token(tokens) + where
+        if self.segment is not None:
+            x = x + self.segment(torch.zeros_like(tokens) if segments is None else segments)
+        return F.dropout(x, self.dropout, self.training)
 
 
 # --------------------------------------------------------------------------------------- stacks
@@ -381,15 +388,17 @@ class Stack(nn.Module):
         memory: Tensor | None = None,
         memory_mask: Tensor | None = None,
         cache: list[tuple[KVCache, KVCache]] | None = None,
+        segments: Tensor | None = None,
     ) -> Tensor:
         seen = cache[0][0].length if cache else 0
         check_tokens(tokens, self.config, seen)
         check_mask("mask", mask, tokens.shape[0], seen + tokens.shape[1])
+        check_segments(segments, tokens, self.config)
         if mask is None:
             positions = torch.arange(seen, seen + tokens.shape[1], device=tokens.device)
         else:  # padding takes no position, on whichever side it stands
             positions = (mask.cumsum(1) - 1).clamp_min(0)[:, seen:]
-        x, branch = self.embedding(tokens, positions), None
+        x, branch = self.embedding(tokens, positions, segments), None
         for i, layer in enumerate(self.layers):
             caches = cache[i] if cache else (None, None)
             x, branch = layer(x, branch, mask, memory, memory_mask, caches)
@@ -397,13 +406,19 @@ class Stack(nn.Module):
 
 
 class Encoder(Stack):
-    """Every token sees every other one: tokens (B, S), mask (B, S) -> hidden states (B, S, E)."""
+    """Every token sees every other one: tokens (B, S), mask (B, S) -> hidden states (B, S, E).
+
+    `segments` (B, S) says which segment of the sequence a token is in, where the configuration has
+    any; None: all are in segment 0.
+    """
 
     def __init__(self, config: TransformerConfig):
         super().__init__(config, causal=False, cross=False)
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.run(tokens, mask)
+    def forward(
+        self, tokens: Tensor, mask: Tensor | None = None, segments: Tensor | None = None
+    ) -> Tensor:
+        return self.run(tokens, mask, segments=segments)
 
 
 class Decoder(Stack):
@@ -475,6 +490,21 @@ def check_mask(name: str, mask: Tensor | None, batch: int, length: int) -> None:
         raise TypeError(f"{name} must be a boolean tensor (True = a real token), got {got}")
     if mask.shape != (batch, length):
         raise ValueError(f"{name} must be ({batch}, {length}), got shape {tuple(mask.shape)}")
+
+
+def check_segments(segments: Tensor | None, tokens: Tensor, config: TransformerConfig) -> None:
+    """Shape and dtype. (Ids beyond config.segments are the embedding's to refuse.)"""
+    if segments is None:
+        return
+    if not config.segments:
+        raise ValueError("the configuration has no segments, but got segments")
+    if not isinstance(segments, Tensor) or segments.dtype not in (torch.int64, torch.int32):
+        got = segments.dtype if isinstance(segments, Tensor) else type(segments).__name__
+        raise TypeError(f"segments must be an int64 or int32 tensor, got {got}")
+    if segments.shape != tokens.shape:
+        raise ValueError(
+            f"segments must be {tuple(tokens.shape)}, got shape {tuple(segments.shape)}"
+        )
 
 
 # --------------------------------------------------------------------------------------- models
