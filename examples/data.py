@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import inspect
 import random
@@ -93,6 +94,70 @@ def docstrings() -> list[Docstring]:
     return list(found.values())
 
 
+class Passage(NamedTuple):
+    """A text of a few sentences, and what it is about."""
+
+    topic: str
+    sentences: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.sentences)
+
+
+PASSAGES_HELP = (
+    "your own texts, in place of the standard library's docstrings: a text file or a folder of "
+    "them; texts are divided by blank lines, and their topic is the folder below PATH that the "
+    "file is in, or the file's name"
+)
+
+
+@functools.cache  # parsing the standard library takes seconds
+def passages(path: Path | None) -> tuple[Passage, ...]:
+    """The docstrings of the standard library, their topic the package, or the paragraphs of a text
+    file or a folder of them, their topic the folder below `path` or else the file's name. In a
+    fixed order, without repetitions.
+    """
+    if path is None:
+        return tuple(
+            Passage(d.package, (*sentences(d.summary), *sentences(d.body))) for d in docstrings()
+        )
+    if not path.exists():
+        raise DataError(f"--data {path}: there is no such file or folder")
+    root = path if path.is_dir() else path.parent
+    found: dict[str, Passage] = {}
+    for file in sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]:
+        place = file.relative_to(root)
+        content = file.read_bytes()
+        if b"\0" in content or any(part.startswith(".") for part in place.parts):
+            continue
+        topic = place.parts[0] if len(place.parts) > 1 else place.stem
+        for paragraph in re.split(r"\n\s*\n", content.decode("utf-8", errors="replace")):
+            if text := clean(paragraph):
+                found.setdefault(text, Passage(topic, tuple(sentences(text))))
+    if not found:
+        raise DataError(f"--data {path} has no text in it")
+    return tuple(found.values())
+
+
+def sentences(text: str) -> list[str]:
+    """A text cut after each full stop, question or exclamation mark that a new sentence follows."""
+    return re.split(r"(?<=[.!?])\s+(?=[^a-z\s])", text) if text else []
+
+
+def split_passages(path: Path | None, fewest: int) -> tuple[list[Passage], list[Passage]]:
+    """(training, held-out): every script sees the same eighth held out, so that what one of them
+    learns from, another can be asked about. DataError for fewer than `fewest` passages.
+    """
+    every = passages(path)
+    if len(every) < fewest:
+        raise DataError(
+            f"the text has {len(every)} passages (docstrings, or paragraphs between blank lines), "
+            f"at least {fewest} are needed"
+        )
+    return split(every, held_out=1 / 8)
+
+
 def clean(text: str) -> str:
     """Any run of white space becomes one space; control characters go."""
     printable = "".join(c for c in text if c.isprintable() or c.isspace())
@@ -149,6 +214,18 @@ class BPETokenizer:
         )
         tokenizer.train_from_iterator(cls.pieces(text), trainer)
         tokenizer.encode_special_tokens = True  # as any other text
+        return cls(tokenizer)
+
+    @classmethod
+    def load(cls, path: Path) -> BPETokenizer:
+        """From the file that a training script left."""
+        from tokenizers import Tokenizer
+
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # what tokenizers raises has no class of its own
+            raise DataError(f"{path} is not a tokenizer: {error}") from error
+        tokenizer.encode_special_tokens = True  # as any other text; the file does not say it
         return cls(tokenizer)
 
     @classmethod

@@ -21,11 +21,13 @@ import torch
 from data import DataError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import nn
 
 from fastattn.models import TransformerConfig
 
-Loss = Callable[[nn.Module, Any], tuple[Tensor, int]]  # (mean loss, over how many targets)
+# (mean loss, over how many targets), and where there is more to count on held-out data, a tally of
+# it: {"accuracy": (right, of how many), ...}
+Loss = Callable[[nn.Module, Any], tuple[Any, ...]]
 
 
 class Diverged(ArithmeticError):
@@ -38,7 +40,12 @@ class Diverged(ArithmeticError):
 NEUTRAL = {"quick", "data", "device", "out", "resume", "save_every"}
 
 
-def arguments(description: str, *, out: str, **defaults: Any) -> argparse.ArgumentParser:
+DATA_HELP = "a text file or a folder of them, in place of what Python brings"
+
+
+def arguments(
+    description: str, *, out: str, data_help: str = DATA_HELP, **defaults: Any
+) -> argparse.ArgumentParser:
     """The arguments that every training script has, with `defaults` of the script's own for them.
 
     A script adds its own with `parser.add_argument`, and names what --quick changes with
@@ -48,7 +55,7 @@ def arguments(description: str, *, out: str, **defaults: Any) -> argparse.Argume
     add = parser.add_argument
     add("--attention", choices=("fused", "naive", "both"), default="fused")
     add("--quick", action="store_true", help="fused and naive side by side, in under a minute")
-    add("--data", type=Path, help="a text file or a folder of them, in place of what Python brings")
+    add("--data", type=Path, help=data_help)
     add("--steps", type=positive, default=600)
     add("--batch", type=positive, default=8, help="sequences a step")
     add("--d-model", type=positive, default=128)
@@ -204,12 +211,13 @@ class Run:
         self.losses: list[float] = []  # of each step
         self.seconds: list[float] = []  # of each step
         self.held_out: list[tuple[int, float]] = []  # (steps done, loss)
+        self.scores: dict[str, list[float]] = {}  # what the loss tallies, at the same steps
 
     def step(self, batch: Any, rate: float) -> None:
         started = time.perf_counter()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss, _ = self.loss(self.model, batch)
+        loss = self.loss(self.model, batch)[0]
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -221,13 +229,19 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Any]) -> float:
-        """The mean loss over all targets of the batches."""
+        """The mean loss over all targets of the batches; what the loss tallies goes to `scores`."""
         self.model.eval()
         total, targets = 0.0, 0
+        tallies: dict[str, tuple[float, int]] = {}
         for batch in batches:
-            loss, count = self.loss(self.model, batch)
+            loss, count, *more = self.loss(self.model, batch)
             total, targets = total + loss.item() * count, targets + count
+            for name, (right, of) in (more[0] if more else {}).items():
+                before = tallies.get(name, (0.0, 0))
+                tallies[name] = before[0] + float(right), before[1] + of
         self.model.train()
+        for name, (right, of) in tallies.items():
+            self.scores.setdefault(name, []).append(right / of)
         return total / targets
 
     def state(self) -> dict[str, Any]:
@@ -237,6 +251,7 @@ class Run:
             "losses": self.losses,
             "seconds": self.seconds,
             "held_out": self.held_out,
+            "scores": self.scores,
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -244,6 +259,7 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.losses, self.seconds = state["losses"], state["seconds"]
         self.held_out = [(step, loss) for step, loss in state["held_out"]]
+        self.scores = state.get("scores", {})
 
 
 def fit(
@@ -355,6 +371,7 @@ def compare(runs: list[Run]) -> dict[str, Any]:
             "step_ms": 1e3 * median(run.seconds),
             "losses": run.losses,
             "held_out": run.held_out,
+            **({"scores": run.scores} if run.scores else {}),
         }
         for run in runs
     }

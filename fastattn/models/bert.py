@@ -60,6 +60,27 @@ class TokenHead(nn.Module):
         return self.output(normed)
 
 
+class PairHead(nn.Module):
+    """Does the second text follow the first? u . tanh(U [a; b; |a - b|; a * b] + c) + d, with a and
+    b the means of their states.
+    """
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.hidden = nn.Linear(4 * config.d_model, config.d_model)
+        self.output = nn.Linear(config.d_model, 1)
+        self.apply(initialise)
+
+    def forward(self, hidden: Tensor, mask: Tensor | None, segments: Tensor | None) -> Tensor:
+        """(B, S, E) -> (B,)"""
+        if segments is None:
+            segments = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+        real = torch.ones_like(segments, dtype=torch.bool) if mask is None else mask
+        a, b = (mean_pool(hidden, real & (segments == i)) for i in (0, 1))
+        compared = torch.cat((a, b, (a - b).abs(), a * b), -1)
+        return self.output(self.hidden(compared).tanh())[:, 0]
+
+
 class PretrainingLogits(NamedTuple):
     """What a `MaskedLanguageModel` says of a batch."""
 
@@ -82,9 +103,7 @@ class MaskedLanguageModel(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.token_head = TokenHead(config, self.encoder.embedding.token)
-        self.pair_head = nn.Sequential(
-            nn.Linear(config.d_model, config.d_model), nn.Tanh(), nn.Linear(config.d_model, 1)
-        ).apply(initialise)
+        self.pair_head = PairHead(config)
 
     def forward(
         self,
@@ -99,7 +118,7 @@ class MaskedLanguageModel(nn.Module):
         check_mask("predicted", predicted, *tokens.shape)
         hidden = self.encoder(tokens, mask, segments)
         wanted = hidden if predicted is None else hidden[predicted]
-        return PretrainingLogits(self.token_head(wanted), self.pair_head(hidden[:, 0])[:, 0])
+        return PretrainingLogits(self.token_head(wanted), self.pair_head(hidden, mask, segments))
 
     def losses(
         self,
