@@ -1,7 +1,7 @@
 """Fine-tune a pre-trained BERT to tell the topic of a text, beside the same model from scratch.
 
     python examples/pretrain.py                     # first: leaves its weights in runs/bert
-    python examples/finetune.py                     # about two minutes on two cores
+    python examples/finetune.py                     # about half a minute on two cores
     python examples/finetune.py --labels 32         # more labelled texts: the gap closes
     python examples/finetune.py ... --resume        # go on after a kill
 

@@ -1,7 +1,7 @@
 """Few-shot prompts for a small language model: how its answers change with the examples shown.
 
     python examples/pretrain.py                     # first: the encoder that knows what is similar
-    python examples/select_demonstrations.py        # about three minutes on two cores
+    python examples/select_demonstrations.py        # about a minute on two cores
     python examples/select_demonstrations.py ... --resume
 
 The task is to name the package that a docstring is from. A prompt shows a few solved examples
@@ -68,7 +68,7 @@ PICKS = ("none", "random", "similar", "diverse")
 
 
 def parser() -> argparse.ArgumentParser:
-    defaults = {"out": "runs/demonstrations", "steps": 900, "batch": 8, "lr": 2e-3}
+    defaults = {"out": "runs/demonstrations", "steps": 1200, "batch": 8, "lr": 2e-3}
     parser = arguments(__doc__, data_help=PASSAGES_HELP, **defaults)
     add = parser.add_argument
     add("--pretrained", type=Path, default=Path("runs/bert"), help="--out of pretrain.py")
@@ -224,14 +224,21 @@ def pick(
 def language_model(
     args: argparse.Namespace, before: pretrain.Pretrained, longest: int, attention: str
 ) -> LanguageModel:
+    """Its decoder starts from the encoder's weights (Rothe et al. 2020, arXiv:1907.12461), since
+    minutes are too short to learn from answers alone what words have to do with each other.
+    """
     config = transformer_config(
         before.size(args),
         vocab_size=before.tokenizer.vocab_size,
         max_len=longest,
         positions="sinusoidal",
+        tie_weights=False,
         attention=attention,
     )
-    return LanguageModel(config)
+    model = LanguageModel(config)
+    own = model.decoder.state_dict()
+    model.decoder.load_state_dict({name: before.weights[f"encoder.{name}"] for name in own})
+    return model
 
 
 def answer_logits(args: argparse.Namespace, model: nn.Module, batch: Prompts) -> tuple[Tensor, Any]:

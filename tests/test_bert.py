@@ -112,6 +112,27 @@ def test_losses_are_the_formulas():
     nothing.backward()
 
 
+def test_the_pair_head_is_its_formula():
+    model = bert(dtype=torch.float64)
+    x, head = tokens(3, 17), model.pair_head
+    hidden = model.encoder(x, MASK, SEGMENTS)
+    for row, logit in enumerate(model(x, MASK, SEGMENTS).follows):
+        a, b = (hidden[row][MASK[row] & (SEGMENTS[row] == i)].mean(0) for i in (0, 1))
+        features = torch.cat((a, b, (a - b).abs(), a * b))
+        expected = head.output.weight @ (head.hidden.weight @ features + head.hidden.bias).tanh()
+        torch.testing.assert_close(logit[None], expected + head.output.bias)
+
+
+def test_sinusoidal_tokens_start_as_large_as_their_positions():
+    torch.manual_seed(0)
+    embedding = MaskedLanguageModel(
+        config(vocab_size=999, segments=2, positions="sinusoidal")
+    ).encoder.embedding
+    token = embedding.scale * embedding.token.weight.detach()
+    amplitude = embedding.table.square().mean().sqrt().item()
+    assert token.std().item() == pytest.approx(amplitude, rel=0.02)
+
+
 def test_mean_pool():
     hidden = torch.randn(3, 17, 4, dtype=torch.float64)
     expected = torch.stack([hidden[i, :n].mean(0) for i, n in enumerate(LENGTHS)])
@@ -136,7 +157,7 @@ def test_weights_of_another_configuration_are_refused_whole():
     with pytest.raises(ValueError, match=r"embedding.token.weight is \(60, 32\) there, \(53, 32\)"):
         classify.load_encoder(bert(seed=1, vocab_size=60).state_dict())
     with pytest.raises(ValueError, match=r"another configuration.* is None there"):
-        classify.load_encoder(bert(seed=1, segments=0).state_dict())
+        classify.load_encoder(classifier(seed=1, segments=0).state_dict())
     with pytest.raises(ValueError, match="another configuration"):
         classify.load_encoder({})
     assert all(torch.equal(p, before[name]) for name, p in classify.state_dict().items())
@@ -165,12 +186,12 @@ def test_bad_segments_of_a_configuration(segments):
 
 def test_bad_input():
     x = tokens(3, 17)
-    with pytest.raises(ValueError, match="at least 2 for pairs of texts, got 1"):
+    with pytest.raises(ValueError, match="segments must be at least 2 for pairs, got 1"):
         bert(segments=1)
     with pytest.raises(ValueError, match="classes must be an integer of at least 2, got 1"):
         classifier(classes=1)
     with pytest.raises(ValueError, match="the configuration has no segments, but got segments"):
-        bert(segments=0)(x, segments=SEGMENTS)
+        classifier(segments=0)(x, segments=SEGMENTS)
     with pytest.raises(ValueError, match=r"segments must be \(3, 17\), got shape \(3, 16\)"):
         bert()(x, segments=SEGMENTS[:, 1:])
     with pytest.raises(TypeError, match=r"segments must be an int64 or int32.* torch\.bool"):

@@ -42,6 +42,16 @@ def mean_pool(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
     return total / mask.sum(1, keepdim=True).clamp_min(1)
 
 
+def new_encoder(config: TransformerConfig) -> Encoder:
+    """An encoder whose tokens start as large as their sinusoidal positions, if these it has: small
+    ones would drown in them for hundreds of steps.
+    """
+    encoder = Encoder(config)
+    if config.positions == "sinusoidal":
+        nn.init.normal_(encoder.embedding.token.weight, std=(2 * config.d_model) ** -0.5)
+    return encoder
+
+
 class TokenHead(nn.Module):
     """Logits over the vocabulary: softmax(W norm(gelu(U h + c)) + b), W the embedding if tied."""
 
@@ -62,14 +72,17 @@ class TokenHead(nn.Module):
 
 class PairHead(nn.Module):
     """Does the second text follow the first? u . tanh(U [a; b; |a - b|; a * b] + c) + d, with a and
-    b the means of their states.
+    b the means of their states (Conneau et al. 2017, arXiv:1705.02364).
+
+    BERT asks the state of [CLS] alone, which takes far longer to say anything: every comparison of
+    the texts has to be found by attention first. From torch's initial weights, larger than those
+    of the other layers, it learns sooner too.
     """
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.hidden = nn.Linear(4 * config.d_model, config.d_model)
         self.output = nn.Linear(config.d_model, 1)
-        self.apply(initialise)
 
     def forward(self, hidden: Tensor, mask: Tensor | None, segments: Tensor | None) -> Tensor:
         """(B, S, E) -> (B,)"""
@@ -91,17 +104,16 @@ class PretrainingLogits(NamedTuple):
 class MaskedLanguageModel(nn.Module):
     """BERT: what is the hidden token, and does the second text follow the first?
 
-    P(w_t | the other tokens) = softmax(W h_t + b), and, from the state of the first token, [CLS],
-    P(follows) = sigmoid(u . tanh(U h_1 + c) + d). ValueError for a configuration whose `segments`
-    is 1: a pair needs two kinds (0 leaves it to the tokens to tell them apart).
+    P(w_t | the other tokens) = softmax(W h_t + b), and P(follows) = sigmoid(z) by `PairHead`.
+    ValueError for a configuration of fewer than two segments: a pair has two.
     """
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        if config.segments == 1:
-            raise ValueError("segments must be 0 or at least 2 for pairs of texts, got 1")
+        if config.segments < 2:
+            raise ValueError(f"segments must be at least 2 for pairs, got {config.segments}")
         self.config = config
-        self.encoder = Encoder(config)
+        self.encoder = new_encoder(config)
         self.token_head = TokenHead(config, self.encoder.embedding.token)
         self.pair_head = PairHead(config)
 
@@ -158,7 +170,7 @@ class SequenceClassifier(nn.Module):
         if not isinstance(classes, int) or isinstance(classes, bool) or classes < 2:
             raise ValueError(f"classes must be an integer of at least 2, got {classes!r}")
         self.config = config
-        self.encoder = Encoder(config)
+        self.encoder = new_encoder(config)
         self.head = nn.Linear(config.d_model, classes).apply(initialise)
 
     def forward(
