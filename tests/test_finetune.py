@@ -4,13 +4,12 @@ import json
 
 import pytest
 import torch
+from examples_common import error_of, kill_at_first_checkpoint, one_thread  # noqa: F401
 
 pytest.importorskip("rich", reason="the examples need fastattn[examples]")
 pytest.importorskip("tokenizers", reason="the examples need fastattn[examples]")
 pytest.importorskip("matplotlib", reason="the examples need fastattn[examples]")
-from examples_common import error_of, kill_at_first_checkpoint, one_thread  # noqa: F401
-
-import data  # noqa: I001
+import data
 import finetune
 import training
 from bert_texts import TINY, pretrain_tiny, write_texts

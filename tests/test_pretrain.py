@@ -5,15 +5,15 @@ import random
 
 import pytest
 import torch
+from examples_common import error_of, kill_at_first_checkpoint, losses, one_thread  # noqa: F401
 
 pytest.importorskip("rich", reason="the examples need fastattn[examples]")
 pytest.importorskip("tokenizers", reason="the examples need fastattn[examples]")
 pytest.importorskip("matplotlib", reason="the examples need fastattn[examples]")
-from examples_common import error_of, kill_at_first_checkpoint, losses, one_thread  # noqa: F401
-
-import data  # noqa: I001
+import data
 import pretrain
 from bert_texts import TINY, pretrain_tiny, write_texts
+
 from fastattn.models.transformer import IGNORE
 
 VOCAB = 330

@@ -5,16 +5,16 @@ import math
 
 import pytest
 import torch
+from examples_common import error_of, kill_at_first_checkpoint, losses, one_thread  # noqa: F401
 
 pytest.importorskip("rich", reason="the examples need fastattn[examples]")
 pytest.importorskip("tokenizers", reason="the examples need fastattn[examples]")
 pytest.importorskip("matplotlib", reason="the examples need fastattn[examples]")
-from examples_common import error_of, kill_at_first_checkpoint, losses, one_thread  # noqa: F401
-
-import pretrain  # noqa: I001
+import pretrain
 import select_demonstrations as script
 import training
 from bert_texts import pretrain_tiny, write_texts
+
 from fastattn.models.transformer import IGNORE
 
 SMALL = ["--shots=2", "--text=20", "--steps=40", "--batch=8", "--lr=5e-3", "--queries=40"]
