@@ -46,7 +46,7 @@ def arguments(description: str, *, out: str, **defaults: Any) -> argparse.Argume
     """
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
     add = parser.add_argument
-    add("--attention", choices=("fused", "naive", "both"), default="fused")
+    add("--attention", choices=("fused", "naive", "torch", "both"), default="fused")
     add("--quick", action="store_true", help="fused and naive side by side, in under a minute")
     add("--data", type=Path, help="a text file or a folder of them, in place of what Python brings")
     add("--steps", type=positive, default=600)
