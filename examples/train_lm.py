@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 try:
+    from baselines import NGramModel, lstm_of
     from data import (
         BPETokenizer,
         ByteTokenizer,
@@ -62,7 +64,11 @@ def parser() -> argparse.ArgumentParser:
     add("--tokenizer", choices=("byte", "bpe"), default="byte")
     add("--vocab", type=positive, default=1024, help="BPE tokens [1024]")
     add("--context", type=positive, default=256, help="tokens a sequence [256]")
-    parser.set_defaults(quick_defaults={"attention": "both", "steps": 240})
+    switch = argparse.BooleanOptionalAction
+    add("--baselines", action=switch, default=True, help="an n-gram and an LSTM model beside it")
+    add("--ngram", type=positive, default=6, help="order of the n-gram model [6]")
+    add("--lstm-lr", type=positive_float, default=8e-3, help="highest learning rate of the LSTM")
+    parser.set_defaults(quick_defaults={"attention": "both", "steps": 240, "baselines": False})
     return parser
 
 
@@ -85,10 +91,18 @@ def prepare(args: argparse.Namespace) -> tuple[Any, Tensor, Tensor, int]:
     return tokenizer, training, held_out, len(text) - cut
 
 
-def unigram_loss(training: Tensor, targets: Tensor, vocab_size: int) -> float:
-    """The loss of a model that knows how frequent each token is, and nothing else."""
+def unigram_model(training: Tensor, targets: Tensor, vocab_size: int) -> dict[str, float]:
+    """What metrics.json says of a model that knows how frequent each token is, and nothing else."""
+    started = time.perf_counter()
     counts = torch.bincount(training, minlength=vocab_size).double() + 1.0
-    return -(counts / counts.sum()).log()[targets].mean().item()
+    seconds = time.perf_counter() - started
+    loss = -(counts / counts.sum()).log()[targets].mean().item()
+    return {
+        "parameters": vocab_size,
+        "training_seconds": seconds,
+        "loss": loss,
+        "perplexity": math.exp(loss),
+    }
 
 
 def language_model(args: argparse.Namespace, vocab_size: int, attention: str) -> LanguageModel:
@@ -102,8 +116,32 @@ def language_model(args: argparse.Namespace, vocab_size: int, attention: str) ->
     return LanguageModel(config)
 
 
+def ngram_model(args: argparse.Namespace, training: Tensor, held_out: Any, vocab: int) -> Any:
+    """What metrics.json says of the n-gram model: it counts all of the training text, once."""
+    started = time.perf_counter()
+    model = NGramModel(training, vocab, args.ngram)
+    seconds = time.perf_counter() - started
+    loss = -model.log_p(*held_out).mean().item()
+    return {
+        "parameters": model.parameters,
+        "training_seconds": seconds,
+        "loss": loss,
+        "perplexity": math.exp(loss),
+    }
+
+
+def lstm_run(args: argparse.Namespace, beside: Run, vocab: int) -> Run:
+    """An LSTM of as many parameters as the model that it trains beside, on the same batches."""
+    parameters = sum(p.numel() for p in beside.model.parameters())
+    torch.manual_seed(args.seed)
+    return Run("lstm", lstm_of(parameters, vocab).to(args.device), beside.loss, args.lstm_lr)
+
+
 def figures(
-    args: argparse.Namespace, runs: list[Run], unigram: float, bytes_per_token: float
+    args: argparse.Namespace,
+    runs: list[Run],
+    counted: dict[str, dict[str, float]],  # models that are no runs, by name
+    bytes_per_token: float,
 ) -> dict[str, Any]:
     """What metrics.json says of the models."""
     tokens = args.batch * args.context
@@ -111,27 +149,24 @@ def figures(
     for run in metrics["runs"].values():
         run["bits_per_byte"] = run["held_out"][-1][1] / math.log(2) / bytes_per_token
         run["tokens_per_second"] = 1e3 * tokens / run["step_ms"]
+    for model in counted.values():
+        model["bits_per_byte"] = model["loss"] / math.log(2) / bytes_per_token
     metrics["tokens_trained"] = args.steps * tokens
-    metrics["unigram_perplexity"] = math.exp(unigram)
-    metrics["unigram_bits_per_byte"] = unigram / math.log(2) / bytes_per_token
+    metrics["counted"] = counted
     return metrics
 
 
-def show(console: Console, metrics: dict[str, Any]) -> None:
+def show(console: Console, metrics: dict[str, Any], names: dict[str, str]) -> None:
     table = Table(title=f"{metrics['tokens_trained']:,} tokens of training")
-    for column in ("", "parameters", "perplexity", "bits a byte", "ms a step", "tokens/s"):
-        table.add_column(column, justify="right" if column else "left")
-    unigram = f"{metrics['unigram_perplexity']:.2f}", f"{metrics['unigram_bits_per_byte']:.3f}"
-    table.add_row("unigram baseline", "", *unigram, "", "")
-    for name, run in metrics["runs"].items():
-        table.add_row(
-            name,
-            f"{run['parameters'] / 1e6:.2f} M",
-            f"{run['perplexity']:.2f}",
-            f"{run['bits_per_byte']:.3f}",
-            f"{run['step_ms']:.1f}",
-            f"{run['tokens_per_second']:,.0f}",
-        )
+    table.add_column("")
+    for column in ("perplexity", "bits a byte", "parameters", "training", "a step", "tokens/s"):
+        table.add_column(column, justify="right")
+    for name, model in {**metrics["counted"], **metrics["runs"]}.items():
+        row = [f"{model['perplexity']:.2f}", f"{model['bits_per_byte']:.3f}"]
+        row += [f"{model['parameters'] / 1e6:.2f} M", f"{model['training_seconds']:.1f} s"]
+        if "step_ms" in model:
+            row += [f"{model['step_ms']:.1f} ms", f"{model['tokens_per_second']:,.0f}"]
+        table.add_row(names.get(name, f"Transformer, {name}"), *row)
     console.print(table)
     console.print(f"perplexity over {metrics['tokens_held_out']:,} tokens of held-out text")
     show_comparison(console, metrics)
@@ -149,10 +184,10 @@ def sample(run: Run, tokenizer: Any, held_out: Tensor, args: argparse.Namespace)
 def work(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     tokenizer, training, held_out, held_out_bytes = prepare(args)
     inputs, targets = even_windows(held_out, 32, args.context)
-    unigram = unigram_loss(training, targets, tokenizer.vocab_size)
+    unigram = unigram_model(training, targets, tokenizer.vocab_size)
     console.print(
         f"{len(training):,} tokens to train on, {len(held_out):,} held out; "
-        f"unigram perplexity {math.exp(unigram):.2f}; {args.device}, {args.dtype}"
+        f"unigram perplexity {unigram['perplexity']:.2f}; {args.device}, {args.dtype}"
     )
 
     def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
@@ -161,7 +196,12 @@ def work(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             logits = model(tokens)
         return cross_entropy(logits, following), following.numel()
 
-    runs = build_runs(args, lambda kind: language_model(args, tokenizer.vocab_size, kind), loss)
+    vocab = tokenizer.vocab_size
+    runs = build_runs(args, lambda kind: language_model(args, vocab, kind), loss)
+    counted = {"unigram": unigram}
+    if args.baselines:
+        counted["ngram"] = ngram_model(args, training, (inputs, targets), vocab)
+        runs.append(lstm_run(args, runs[0], vocab))
     first = fit(
         args,
         runs,
@@ -172,14 +212,16 @@ def work(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     if first:
         console.print(f"resumed at step {first}")
 
-    metrics = figures(args, runs, unigram, held_out_bytes / len(held_out))
+    metrics = figures(args, runs, counted, held_out_bytes / len(held_out))
     metrics["tokens_held_out"] = targets.numel()
     metrics["resumed_at"] = first
     prompt, continuation = sample(runs[0], tokenizer, held_out, args)
     metrics["sample"] = {"prompt": prompt, "continuation": continuation}
     title = f"Language model, {args.dtype}"
-    plot_losses(args.out / "loss.png", runs, {"unigram baseline": unigram}, title)
-    show(console, metrics)
+    names = {"unigram": "unigram", "ngram": f"{args.ngram}-gram, Kneser-Ney", "lstm": "LSTM"}
+    levels = {names[name]: model["loss"] for name, model in counted.items()}
+    plot_losses(args.out / "loss.png", runs, levels, title)
+    show(console, metrics, names)
     console.print(Panel(Text.assemble((prompt, "dim"), continuation), title="a sample"))
     console.print(f"written to {args.out}: metrics.json, loss.png, checkpoint.pt")
     return metrics

@@ -353,6 +353,7 @@ def compare(runs: list[Run]) -> dict[str, Any]:
             "parameters": sum(p.numel() for p in run.model.parameters()),
             "perplexity": perplexity(run.held_out[-1][1]),
             "step_ms": 1e3 * median(run.seconds),
+            "training_seconds": sum(run.seconds),
             "losses": run.losses,
             "held_out": run.held_out,
         }
