@@ -46,8 +46,8 @@ class NGramModel:
         return number
 
     def log_p(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """log P(target | the inputs up to there), (B, S) float64, of windows (B, S): a target has at
-        most the inputs of its own window before it, as it has in a neural model."""
+        """log P(target | the inputs up to there), (B, S) float64, of windows (B, S): before a
+        target come the inputs of its own window and no others, as in a neural model."""
         rows = torch.cat((inputs, targets[:, -1:]), 1)
         p = torch.full(targets.shape, 1.0 / self.vocab_size, dtype=torch.float64)
         for n, table in enumerate(self.tables, 1):
@@ -97,24 +97,25 @@ class LSTMModel(nn.Module):
     arXiv:1409.2329): h_t = LSTM(h_t-1, w_t), P(w_t+1 | w_1 .. w_t) = softmax(h_t W + b).
     """
 
-    def __init__(self, vocab_size: int, width: int, layers: int = 1):
+    def __init__(self, vocab_size: int, width: int, dropout: float = 0.0):
         super().__init__()
+        self.dropout = nn.Dropout(dropout)  # on what goes in and what comes out
         self.embedding = nn.Embedding(vocab_size, width)
-        self.lstm = nn.LSTM(width, width, layers, batch_first=True)
+        self.lstm = nn.LSTM(width, width, batch_first=True)
         self.head = nn.Linear(width, vocab_size)
         nn.init.normal_(self.embedding.weight, std=0.1)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, S) -> logits (B, S, V): those at position t are of the token at t + 1."""
-        hidden, _ = self.lstm(self.embedding(tokens))
-        return self.head(hidden)
+        hidden, _ = self.lstm(self.dropout(self.embedding(tokens)))
+        return self.head(self.dropout(hidden))
 
 
-def lstm_of(parameters: int, vocab_size: int, layers: int = 1) -> LSTMModel:
+def lstm_of(parameters: int, vocab_size: int, dropout: float = 0.0) -> LSTMModel:
     """The LSTM with about so many parameters, its width a multiple of 16."""
 
     def count(width: int) -> int:
-        return 2 * vocab_size * width + vocab_size + layers * 8 * width * (width + 1)
+        return 2 * vocab_size * width + vocab_size + 8 * width * (width + 1)
 
     width = min(range(16, 4097, 16), key=lambda width: abs(count(width) - parameters))
-    return LSTMModel(vocab_size, width, layers)
+    return LSTMModel(vocab_size, width, dropout)

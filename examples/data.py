@@ -151,6 +151,18 @@ class BPETokenizer:
         return cls(tokenizer)
 
     @classmethod
+    def load(cls, path: Path) -> BPETokenizer:
+        """What was saved to a tokenizer.json."""
+        from tokenizers import Tokenizer
+
+        if not path.exists():
+            raise DataError(f"there is no {path}")
+        try:
+            return cls(Tokenizer.from_file(str(path)))
+        except Exception as error:  # tokenizers raises plain Exception
+            raise DataError(f"{path} is not a tokenizer: {error}") from error
+
+    @classmethod
     def pieces(cls, text: bytes) -> list[str]:
         string = text.decode("utf-8", errors="replace")
         return [string[i : i + cls.PIECE] for i in range(0, len(string), cls.PIECE)]

@@ -15,6 +15,7 @@ import argparse
 import math
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ try:
         plot_losses,
         positive,
         positive_float,
+        read_checkpoint,
         replacing,
         run_script,
         show_comparison,
@@ -57,16 +59,16 @@ from fastattn.models import LanguageModel, cross_entropy
 
 
 def parser() -> argparse.ArgumentParser:
-    defaults = {"out": "runs/lm", "steps": 700, "batch": 4, "lr": 4e-3}
+    defaults = {"out": "runs/lm", "steps": 2800, "batch": 4, "lr": 5e-3, "dropout": 0.1, "heads": 4}
     parser = arguments(__doc__, **defaults)
     add = parser.add_argument
-    add("--data-mb", type=positive_float, default=4.0, help="read at most so many megabytes [4]")
-    add("--tokenizer", choices=("byte", "bpe"), default="byte")
+    add("--data-mb", type=positive_float, default=1.5, help="read at most so many megabytes [1.5]")
+    add("--tokenizer", choices=("byte", "bpe"), default="bpe")
     add("--vocab", type=positive, default=1024, help="BPE tokens [1024]")
     add("--context", type=positive, default=256, help="tokens a sequence [256]")
     switch = argparse.BooleanOptionalAction
     add("--baselines", action=switch, default=True, help="an n-gram and an LSTM model beside it")
-    add("--ngram", type=positive, default=6, help="order of the n-gram model [6]")
+    add("--ngram", type=positive, default=5, help="order of the n-gram model [5]")
     add("--lstm-lr", type=positive_float, default=8e-3, help="highest learning rate of the LSTM")
     parser.set_defaults(quick_defaults={"attention": "both", "steps": 240, "baselines": False})
     return parser
@@ -111,9 +113,52 @@ def language_model(args: argparse.Namespace, vocab_size: int, attention: str) ->
         vocab_size=vocab_size,
         max_len=args.context,
         tie_weights=False,  # with so few tokens and steps, a table of its own learns faster
+        positions="sinusoidal",  # and there is no table of positions to learn
+        init_std=0.06,  # the model is narrow
         attention=attention,
     )
     return LanguageModel(config)
+
+
+def load(folder: Path, attention: str = "fused") -> tuple[LanguageModel, Any]:
+    """(model, tokenizer) that this script left in a folder; DataError where there is none."""
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        raise DataError(f"{folder} has no checkpoint.pt: examples/train_lm.py --out {folder}")
+    state = read_checkpoint(path)
+    settings = argparse.Namespace(**state["settings"])
+    weights = next(iter(state["runs"].values()))["model"]
+    try:
+        tokenizer: Any = ByteTokenizer()
+        if settings.tokenizer == "bpe":
+            tokenizer = BPETokenizer.load(folder / "tokenizer.json")
+        model = language_model(settings, tokenizer.vocab_size, attention)
+        model.load_state_dict(weights)
+    except (AttributeError, RuntimeError) as error:
+        raise DataError(f"{path} is not of this script: {error}") from error
+    return model.eval(), tokenizer
+
+
+def load_or_train(
+    folder: Path | None, out: Path, attention: str, console: Console
+) -> tuple[LanguageModel, Any, str]:
+    """(model, tokenizer, where they are from): of a folder that this script left or, for None, of
+    runs/lm where there is one, else trained for a moment.
+    """
+    left = Path(parser().get_default("out"))
+    if folder is None and (left / "checkpoint.pt").exists():
+        folder = left
+    if folder is not None:
+        return *load(folder, attention), str(folder)
+    console.print(
+        "There is no trained model here: a tiny one is trained now, for 150 steps, and will make "
+        "little sense. For a better one run examples/train_lm.py first.",
+        style="yellow",
+    )
+    tiny = ["--steps=150", "--d-model=64", "--layers=2", "--batch=2", "--vocab=512"]
+    tiny += ["--data-mb=0.5", "--context=128", "--no-baselines", "--resume"]
+    main([*tiny, f"--out={out / 'model'}"])
+    return *load(out / "model", attention), "a tiny model, trained for 150 steps"
 
 
 def ngram_model(args: argparse.Namespace, training: Tensor, held_out: Any, vocab: int) -> Any:
@@ -134,7 +179,9 @@ def lstm_run(args: argparse.Namespace, beside: Run, vocab: int) -> Run:
     """An LSTM of as many parameters as the model that it trains beside, on the same batches."""
     parameters = sum(p.numel() for p in beside.model.parameters())
     torch.manual_seed(args.seed)
-    return Run("lstm", lstm_of(parameters, vocab).to(args.device), beside.loss, args.lstm_lr)
+    return Run(
+        "lstm", lstm_of(parameters, vocab, args.dropout).to(args.device), beside.loss, args.lstm_lr
+    )
 
 
 def figures(

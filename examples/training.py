@@ -38,16 +38,31 @@ class Diverged(ArithmeticError):
 NEUTRAL = {"quick", "data", "device", "out", "resume", "save_every"}
 
 
+def basic_arguments(
+    description: str, *, out: str, quick: str, **defaults: Any
+) -> argparse.ArgumentParser:
+    """The arguments of a script that shows something and trains nothing of its own."""
+    parser = argparse.ArgumentParser(description=description.split("\n")[0])
+    add = parser.add_argument
+    kinds = ("fused", "naive", "torch", "both")
+    add("--attention", choices=kinds, default="fused", help="whose kernels; both: fused and naive")
+    add("--quick", action="store_true", help=quick)
+    add("--device", type=usable, default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--seed", type=int, default=0)
+    add("--out", type=Path, default=Path(out), help=f"where results go [{out}]")
+    parser.set_defaults(quick_defaults={}, **defaults)
+    return parser
+
+
 def arguments(description: str, *, out: str, **defaults: Any) -> argparse.ArgumentParser:
     """The arguments that every training script has, with `defaults` of the script's own for them.
 
     A script adds its own with `parser.add_argument`, and names what --quick changes with
     `parser.set_defaults(quick_defaults={...})`.
     """
-    parser = argparse.ArgumentParser(description=description.split("\n")[0])
+    quick = "fused and naive side by side, in under a minute"
+    parser = basic_arguments(description, out=out, quick=quick)
     add = parser.add_argument
-    add("--attention", choices=("fused", "naive", "torch", "both"), default="fused")
-    add("--quick", action="store_true", help="fused and naive side by side, in under a minute")
     add("--data", type=Path, help="a text file or a folder of them, in place of what Python brings")
     add("--steps", type=positive, default=600)
     add("--batch", type=positive, default=8, help="sequences a step")
@@ -57,9 +72,6 @@ def arguments(description: str, *, out: str, **defaults: Any) -> argparse.Argume
     add("--dropout", type=float, default=0.0)
     add("--lr", type=positive_float, default=2e-3, help="the highest learning rate")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: autocast")
-    add("--device", type=usable, default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--seed", type=int, default=0)
-    add("--out", type=Path, default=Path(out), help=f"where results go [{out}]")
     add("--resume", action="store_true", help="go on from the checkpoint in --out, if any")
     add("--save-every", type=positive, default=25, help="steps between checkpoints")
     parser.set_defaults(quick_defaults={"attention": "both"}, **defaults)

@@ -52,6 +52,7 @@ class TransformerConfig:
     n_layers: int = 4  # in each stack
     d_ff: int | None = None  # width of the feed-forward layer; None: 4 * d_model
     dropout: float = 0.0  # on embeddings, attention weights and residual branches
+    init_std: float = 0.02  # of the initial weights: GPT-2's, for a width of some hundreds
     norm: str = "pre"  # "pre" or "post"
     positions: str = "learned"  # "learned" or "sinusoidal"
     attention: str = "fused"  # "fused", "naive" or "torch": whose kernels, for every operation
@@ -74,6 +75,8 @@ class TransformerConfig:
             )
         if not isinstance(self.dropout, (int, float)) or not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
+        if not isinstance(self.init_std, (int, float)) or not 0.0 < self.init_std < math.inf:
+            raise ValueError(f"init_std must be positive, got {self.init_std!r}")
         choices: dict[str, tuple[Any, ...]] = {
             "norm": ("pre", "post"),
             "positions": ("learned", "sinusoidal"),
@@ -312,11 +315,13 @@ class Stack(nn.Module):
         self.embedding = Embedding(config)
         self.layers = nn.ModuleList(Layer(config, causal, cross) for _ in range(config.n_layers))
         self.norm = AddNorm(config) if config.norm == "pre" else None
-        self.apply(initialise)
+        self.apply(lambda module: initialise(module, config.init_std))
         # GPT-2: the more branches are summed, the smaller each starts
         branches = [m for m in self.modules() if isinstance(m, Residual)]
         for branch in branches:
-            nn.init.normal_(branch.sublayer.output.weight, std=0.02 / math.sqrt(len(branches)))
+            nn.init.normal_(
+                branch.sublayer.output.weight, std=config.init_std / len(branches) ** 0.5
+            )
 
     def run(
         self,
@@ -387,10 +392,10 @@ class Decoder(Stack):
         return [(KVCache(capacity), KVCache(memory_length)) for _ in self.layers]
 
 
-def initialise(module: nn.Module) -> None:
+def initialise(module: nn.Module, std: float = 0.02) -> None:
     """GPT-2's initial weights: normal with standard deviation 0.02, zero biases."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=0.02)
+        nn.init.normal_(module.weight, std=std)
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
 
@@ -442,7 +447,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 def prediction(config: TransformerConfig) -> nn.Linear:
     """The layer from hidden states to logits. A model that ties its weight replaces that."""
     head = nn.Linear(config.d_model, config.vocab_size, bias=config.bias and not config.tie_weights)
-    initialise(head)
+    initialise(head)  # small whatever init_std: the first guess is near uniform
     return head
 
 
