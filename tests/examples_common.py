@@ -1,4 +1,4 @@
-"""What the tests of the example scripts share."""
+"""What the tests of the example scripts share: where they are, how one is killed, what it says."""
 
 import os
 import subprocess
@@ -25,21 +25,11 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture
-def text(tmp_path):
-    """A text with something to learn: sums, with spelled-out digits."""
-    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-    lines = (f"{words[i % 10]} and {words[i % 7]} is {i % 10 + i % 7}\n" for i in range(2000))
-    path = tmp_path / "sums.txt"
-    path.write_text("".join(lines))
-    return path
-
-
-def kill_after_a_checkpoint(script, out, *arguments):
-    """Start a script in a process of its own and kill it once it has saved a checkpoint."""
+def kill_at_first_checkpoint(script, arguments, checkpoint):
+    """Start a script in a process of its own, and kill it as soon as it has saved."""
     paths = [str(Path(fastattn.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
     process = subprocess.Popen(
-        [sys.executable, str(EXAMPLES / script), "--out", str(out), *map(str, arguments)],
+        [sys.executable, str(EXAMPLES / script), *map(str, arguments)],
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
@@ -47,19 +37,25 @@ def kill_after_a_checkpoint(script, out, *arguments):
         },
         stdout=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 60
-    while not (out / "checkpoint.pt").exists():
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline, "no checkpoint after a minute"
-        time.sleep(0.002)
-    process.kill()
-    assert process.wait() != 0, "the run ended before it could be killed"
-    assert not (out / "metrics.json").exists()
+    try:
+        deadline = time.monotonic() + 120
+        while not checkpoint.exists():
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline, "no checkpoint after two minutes"
+            time.sleep(0.002)
+    finally:
+        process.kill()
+        status = process.wait()
+    assert status != 0, "the run ended before it could be killed"
 
 
-def error_of(main, capsys, *arguments):
-    """The last line of what a script says of a command line that it refuses."""
+def error_of(capsys, main, *arguments):
+    """The last line that a script prints when it refuses."""
     with pytest.raises(SystemExit) as error:
         main([str(a) for a in arguments])
     assert error.value.code == 2
     return capsys.readouterr().err.splitlines()[-1]
+
+
+def losses(metrics, name="fused"):
+    return metrics["runs"][name]["losses"]
