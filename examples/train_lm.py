@@ -13,13 +13,16 @@ from __future__ import annotations
 
 import argparse
 import math
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 try:
+    from baselines import NGramModel, lstm_of
     from data import (
         BPETokenizer,
         ByteTokenizer,
@@ -43,6 +46,7 @@ try:
         plot_losses,
         positive,
         positive_float,
+        read_checkpoint,
         replacing,
         run_script,
         show_comparison,
@@ -55,14 +59,18 @@ from fastattn.models import LanguageModel, cross_entropy
 
 
 def parser() -> argparse.ArgumentParser:
-    defaults = {"out": "runs/lm", "steps": 700, "batch": 4, "lr": 4e-3}
+    defaults = {"out": "runs/lm", "steps": 2800, "batch": 4, "lr": 5e-3, "dropout": 0.1, "heads": 4}
     parser = arguments(__doc__, **defaults)
     add = parser.add_argument
-    add("--data-mb", type=positive_float, default=4.0, help="read at most so many megabytes [4]")
-    add("--tokenizer", choices=("byte", "bpe"), default="byte")
+    add("--data-mb", type=positive_float, default=1.5, help="read at most so many megabytes [1.5]")
+    add("--tokenizer", choices=("byte", "bpe"), default="bpe")
     add("--vocab", type=positive, default=1024, help="BPE tokens [1024]")
     add("--context", type=positive, default=256, help="tokens a sequence [256]")
-    parser.set_defaults(quick_defaults={"attention": "both", "steps": 240})
+    switch = argparse.BooleanOptionalAction
+    add("--baselines", action=switch, default=True, help="an n-gram and an LSTM model beside it")
+    add("--ngram", type=positive, default=5, help="order of the n-gram model [5]")
+    add("--lstm-lr", type=positive_float, default=8e-3, help="highest learning rate of the LSTM")
+    parser.set_defaults(quick_defaults={"attention": "both", "steps": 240, "baselines": False})
     return parser
 
 
@@ -85,10 +93,18 @@ def prepare(args: argparse.Namespace) -> tuple[Any, Tensor, Tensor, int]:
     return tokenizer, training, held_out, len(text) - cut
 
 
-def unigram_loss(training: Tensor, targets: Tensor, vocab_size: int) -> float:
-    """The loss of a model that knows how frequent each token is, and nothing else."""
+def unigram_model(training: Tensor, targets: Tensor, vocab_size: int) -> dict[str, float]:
+    """What metrics.json says of a model that knows how frequent each token is, and nothing else."""
+    started = time.perf_counter()
     counts = torch.bincount(training, minlength=vocab_size).double() + 1.0
-    return -(counts / counts.sum()).log()[targets].mean().item()
+    seconds = time.perf_counter() - started
+    loss = -(counts / counts.sum()).log()[targets].mean().item()
+    return {
+        "parameters": vocab_size,
+        "training_seconds": seconds,
+        "loss": loss,
+        "perplexity": math.exp(loss),
+    }
 
 
 def language_model(args: argparse.Namespace, vocab_size: int, attention: str) -> LanguageModel:
@@ -97,13 +113,82 @@ def language_model(args: argparse.Namespace, vocab_size: int, attention: str) ->
         vocab_size=vocab_size,
         max_len=args.context,
         tie_weights=False,  # with so few tokens and steps, a table of its own learns faster
+        positions="sinusoidal",  # and there is no table of positions to learn
+        init_std=0.06,  # the model is narrow
         attention=attention,
     )
     return LanguageModel(config)
 
 
+def load(folder: Path, attention: str = "fused") -> tuple[LanguageModel, Any]:
+    """(model, tokenizer) that this script left in a folder; DataError where there is none."""
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        raise DataError(f"{folder} has no checkpoint.pt: examples/train_lm.py --out {folder}")
+    state = read_checkpoint(path)
+    settings = argparse.Namespace(**state["settings"])
+    weights = next(iter(state["runs"].values()))["model"]
+    try:
+        tokenizer: Any = ByteTokenizer()
+        if settings.tokenizer == "bpe":
+            tokenizer = BPETokenizer.load(folder / "tokenizer.json")
+        model = language_model(settings, tokenizer.vocab_size, attention)
+        model.load_state_dict(weights)
+    except (AttributeError, RuntimeError) as error:
+        raise DataError(f"{path} is not of this script: {error}") from error
+    return model.eval(), tokenizer
+
+
+def load_or_train(
+    folder: Path | None, out: Path, attention: str, console: Console
+) -> tuple[LanguageModel, Any, str]:
+    """(model, tokenizer, where they are from): of a folder that this script left or, for None, of
+    runs/lm where there is one, else trained for a moment.
+    """
+    left = Path(parser().get_default("out"))
+    if folder is None and (left / "checkpoint.pt").exists():
+        folder = left
+    if folder is not None:
+        return *load(folder, attention), str(folder)
+    console.print(
+        "There is no trained model here: a tiny one is trained now, for 150 steps, and will make "
+        "little sense. For a better one run examples/train_lm.py first.",
+        style="yellow",
+    )
+    tiny = ["--steps=150", "--d-model=64", "--layers=2", "--batch=2", "--vocab=512"]
+    tiny += ["--data-mb=0.5", "--context=128", "--no-baselines", "--resume"]
+    main([*tiny, f"--out={out / 'model'}"])
+    return *load(out / "model", attention), "a tiny model, trained for 150 steps"
+
+
+def ngram_model(args: argparse.Namespace, training: Tensor, held_out: Any, vocab: int) -> Any:
+    """What metrics.json says of the n-gram model: it counts all of the training text, once."""
+    started = time.perf_counter()
+    model = NGramModel(training, vocab, args.ngram)
+    seconds = time.perf_counter() - started
+    loss = -model.log_p(*held_out).mean().item()
+    return {
+        "parameters": model.parameters,
+        "training_seconds": seconds,
+        "loss": loss,
+        "perplexity": math.exp(loss),
+    }
+
+
+def lstm_run(args: argparse.Namespace, beside: Run, vocab: int) -> Run:
+    """An LSTM of as many parameters as the model that it trains beside, on the same batches."""
+    parameters = sum(p.numel() for p in beside.model.parameters())
+    torch.manual_seed(args.seed)
+    return Run(
+        "lstm", lstm_of(parameters, vocab, args.dropout).to(args.device), beside.loss, args.lstm_lr
+    )
+
+
 def figures(
-    args: argparse.Namespace, runs: list[Run], unigram: float, bytes_per_token: float
+    args: argparse.Namespace,
+    runs: list[Run],
+    counted: dict[str, dict[str, float]],  # models that are no runs, by name
+    bytes_per_token: float,
 ) -> dict[str, Any]:
     """What metrics.json says of the models."""
     tokens = args.batch * args.context
@@ -111,27 +196,24 @@ def figures(
     for run in metrics["runs"].values():
         run["bits_per_byte"] = run["held_out"][-1][1] / math.log(2) / bytes_per_token
         run["tokens_per_second"] = 1e3 * tokens / run["step_ms"]
+    for model in counted.values():
+        model["bits_per_byte"] = model["loss"] / math.log(2) / bytes_per_token
     metrics["tokens_trained"] = args.steps * tokens
-    metrics["unigram_perplexity"] = math.exp(unigram)
-    metrics["unigram_bits_per_byte"] = unigram / math.log(2) / bytes_per_token
+    metrics["counted"] = counted
     return metrics
 
 
-def show(console: Console, metrics: dict[str, Any]) -> None:
+def show(console: Console, metrics: dict[str, Any], names: dict[str, str]) -> None:
     table = Table(title=f"{metrics['tokens_trained']:,} tokens of training")
-    for column in ("", "parameters", "perplexity", "bits a byte", "ms a step", "tokens/s"):
-        table.add_column(column, justify="right" if column else "left")
-    unigram = f"{metrics['unigram_perplexity']:.2f}", f"{metrics['unigram_bits_per_byte']:.3f}"
-    table.add_row("unigram baseline", "", *unigram, "", "")
-    for name, run in metrics["runs"].items():
-        table.add_row(
-            name,
-            f"{run['parameters'] / 1e6:.2f} M",
-            f"{run['perplexity']:.2f}",
-            f"{run['bits_per_byte']:.3f}",
-            f"{run['step_ms']:.1f}",
-            f"{run['tokens_per_second']:,.0f}",
-        )
+    table.add_column("")
+    for column in ("perplexity", "bits a byte", "parameters", "training", "a step", "tokens/s"):
+        table.add_column(column, justify="right")
+    for name, model in {**metrics["counted"], **metrics["runs"]}.items():
+        row = [f"{model['perplexity']:.2f}", f"{model['bits_per_byte']:.3f}"]
+        row += [f"{model['parameters'] / 1e6:.2f} M", f"{model['training_seconds']:.1f} s"]
+        if "step_ms" in model:
+            row += [f"{model['step_ms']:.1f} ms", f"{model['tokens_per_second']:,.0f}"]
+        table.add_row(names.get(name, f"Transformer, {name}"), *row)
     console.print(table)
     console.print(f"perplexity over {metrics['tokens_held_out']:,} tokens of held-out text")
     show_comparison(console, metrics)
@@ -149,10 +231,10 @@ def sample(run: Run, tokenizer: Any, held_out: Tensor, args: argparse.Namespace)
 def work(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     tokenizer, training, held_out, held_out_bytes = prepare(args)
     inputs, targets = even_windows(held_out, 32, args.context)
-    unigram = unigram_loss(training, targets, tokenizer.vocab_size)
+    unigram = unigram_model(training, targets, tokenizer.vocab_size)
     console.print(
         f"{len(training):,} tokens to train on, {len(held_out):,} held out; "
-        f"unigram perplexity {math.exp(unigram):.2f}; {args.device}, {args.dtype}"
+        f"unigram perplexity {unigram['perplexity']:.2f}; {args.device}, {args.dtype}"
     )
 
     def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
@@ -161,7 +243,12 @@ def work(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             logits = model(tokens)
         return cross_entropy(logits, following), following.numel()
 
-    runs = build_runs(args, lambda kind: language_model(args, tokenizer.vocab_size, kind), loss)
+    vocab = tokenizer.vocab_size
+    runs = build_runs(args, lambda kind: language_model(args, vocab, kind), loss)
+    counted = {"unigram": unigram}
+    if args.baselines:
+        counted["ngram"] = ngram_model(args, training, (inputs, targets), vocab)
+        runs.append(lstm_run(args, runs[0], vocab))
     first = fit(
         args,
         runs,
@@ -172,14 +259,16 @@ def work(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     if first:
         console.print(f"resumed at step {first}")
 
-    metrics = figures(args, runs, unigram, held_out_bytes / len(held_out))
+    metrics = figures(args, runs, counted, held_out_bytes / len(held_out))
     metrics["tokens_held_out"] = targets.numel()
     metrics["resumed_at"] = first
     prompt, continuation = sample(runs[0], tokenizer, held_out, args)
     metrics["sample"] = {"prompt": prompt, "continuation": continuation}
     title = f"Language model, {args.dtype}"
-    plot_losses(args.out / "loss.png", runs, {"unigram baseline": unigram}, title)
-    show(console, metrics)
+    names = {"unigram": "unigram", "ngram": f"{args.ngram}-gram, Kneser-Ney", "lstm": "LSTM"}
+    levels = {names[name]: model["loss"] for name, model in counted.items()}
+    plot_losses(args.out / "loss.png", runs, levels, title)
+    show(console, metrics, names)
     console.print(Panel(Text.assemble((prompt, "dim"), continuation), title="a sample"))
     console.print(f"written to {args.out}: metrics.json, loss.png, checkpoint.pt")
     return metrics

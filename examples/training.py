@@ -43,6 +43,22 @@ NEUTRAL = {"quick", "data", "device", "out", "resume", "save_every"}
 DATA_HELP = "a text file or a folder of them, in place of what Python brings"
 
 
+def basic_arguments(
+    description: str, *, out: str, quick: str, **defaults: Any
+) -> argparse.ArgumentParser:
+    """The arguments of a script that shows something and trains nothing of its own."""
+    parser = argparse.ArgumentParser(description=description.split("\n")[0])
+    add = parser.add_argument
+    kinds = ("fused", "naive", "torch", "both")
+    add("--attention", choices=kinds, default="fused", help="whose kernels; both: fused and naive")
+    add("--quick", action="store_true", help=quick)
+    add("--device", type=usable, default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--seed", type=int, default=0)
+    add("--out", type=Path, default=Path(out), help=f"where results go [{out}]")
+    parser.set_defaults(quick_defaults={}, **defaults)
+    return parser
+
+
 def arguments(
     description: str, *, out: str, data_help: str = DATA_HELP, **defaults: Any
 ) -> argparse.ArgumentParser:
@@ -51,10 +67,9 @@ def arguments(
     A script adds its own with `parser.add_argument`, and names what --quick changes with
     `parser.set_defaults(quick_defaults={...})`.
     """
-    parser = argparse.ArgumentParser(description=description.split("\n")[0])
+    quick = "fused and naive side by side, in under a minute"
+    parser = basic_arguments(description, out=out, quick=quick)
     add = parser.add_argument
-    add("--attention", choices=("fused", "naive", "both"), default="fused")
-    add("--quick", action="store_true", help="fused and naive side by side, in under a minute")
     add("--data", type=Path, help=data_help)
     add("--steps", type=positive, default=600)
     add("--batch", type=positive, default=8, help="sequences a step")
@@ -64,9 +79,6 @@ def arguments(
     add("--dropout", type=float, default=0.0)
     add("--lr", type=positive_float, default=2e-3, help="the highest learning rate")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: autocast")
-    add("--device", type=usable, default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--seed", type=int, default=0)
-    add("--out", type=Path, default=Path(out), help=f"where results go [{out}]")
     add("--resume", action="store_true", help="go on from the checkpoint in --out, if any")
     add("--save-every", type=positive, default=25, help="steps between checkpoints")
     parser.set_defaults(quick_defaults={"attention": "both"}, **defaults)
@@ -369,6 +381,7 @@ def compare(runs: list[Run]) -> dict[str, Any]:
             "parameters": sum(p.numel() for p in run.model.parameters()),
             "perplexity": perplexity(run.held_out[-1][1]),
             "step_ms": 1e3 * median(run.seconds),
+            "training_seconds": sum(run.seconds),
             "losses": run.losses,
             "held_out": run.held_out,
             **({"scores": run.scores} if run.scores else {}),

@@ -20,16 +20,16 @@ from . import (
     html,
     machine,
     memory,
+    models,
     overhead,
     plots,
     report,
     table,
-    transformer,
 )
 from .results import Peak, Report, Result
 from .runner import Options, Runner
 from .table import Benchmark
-from .transformer import TransformerBenchmark
+from .whole_model import ModelBenchmark
 
 QUICK_BUDGET_S, FULL_BUDGET_S = 0.35, 2.0
 RESULTS = Path("benchmarks/results")  # where a GPU's figures go if nothing else is said
@@ -57,19 +57,20 @@ def bench(console: Console, options: argparse.Namespace) -> int:
         console.line(f"plain tables and no progress bar; for more: {EXTRAS}")
 
     benchmarks = gpu_table.BENCHMARKS if on_gpu else table.BENCHMARKS
-    kernels = table.choose(options.full, options.op, options.dtype, options.case, benchmarks)
-    models = [] if on_gpu else choose_transformers(options)
+    filters = (options.full, options.op, options.dtype, options.case)
+    kernels = table.choose(*filters, benchmarks)
+    whole = [] if on_gpu else models.choose(*filters)
     if options.list:
         for kernel in kernels:
             console.line(kernel.id + goals(kernel))
-        for model in models:
-            console.line(model.id)
+        for model in whole:
+            console.line(model.id + goals(model))
         return 0
-    if not kernels and not models:
+    if not kernels and not whole:
         console.line("fastattn bench: no benchmark matches; see fastattn bench --list", BAD)
         return 2
 
-    outcome = run(console, options, kernels, models)
+    outcome = run(console, options, kernels, whole)
     report.show(console, outcome)
     if old:
         compare.show(console, old, outcome)
@@ -83,9 +84,10 @@ def bench(console: Console, options: argparse.Namespace) -> int:
     return 1 if any(result.failure for result in outcome.results) else 0
 
 
-def goals(benchmark: Benchmark) -> str:
+def goals(benchmark: Benchmark | ModelBenchmark) -> str:
     text = f"  goal {benchmark.goal:g}x" if benchmark.goal else ""
-    return text + (f"  goal {benchmark.roof_goal:.0%} of roof" if benchmark.roof_goal else "")
+    roof = getattr(benchmark, "roof_goal", None)
+    return text + (f"  goal {roof:.0%} of roof" if roof else "")
 
 
 def check_backend(name: str) -> None:
@@ -105,22 +107,11 @@ def check_writable(path: Path) -> None:
         raise ValueError(f"cannot write {path}: {error.strerror}") from None
 
 
-def choose_transformers(options: argparse.Namespace) -> list[TransformerBenchmark]:
-    if options.op not in (None, "transformer") or options.dtype not in (None, "float32"):
-        return []
-    pattern = options.case
-    return [
-        b
-        for b in transformer.BENCHMARKS
-        if (table.matches(pattern, b.id) if pattern else options.full or b.quick)
-    ]
-
-
 def run(
     console: Console,
     options: argparse.Namespace,
     kernels: list[Benchmark],
-    models: list[TransformerBenchmark],
+    whole: list[ModelBenchmark],
 ) -> Report:
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -136,7 +127,7 @@ def run(
     outcome.started = time.strftime("%Y-%m-%d %H:%M:%S %z")
     outcome.allocator = allocator.describe(allocator.reuse_memory())
 
-    total = 2 + len(kernels) + len(models) + len(peaks)
+    total = 2 + len(kernels) + len(whole) + len(peaks)
     with console.progress(total, "bench") as advance:
         advance("ceilings of this machine")
         roofs = ceilings.measure()
@@ -147,7 +138,7 @@ def run(
             flex=options.flex or options.full,
         )
         runner = Runner(settings)
-        for result in _results(runner, kernels, models, budget_s):
+        for result in _results(runner, kernels, whole, budget_s):
             outcome.results.append(result)
             advance(result.id)
         for peak in _peaks(peaks, settings):
@@ -200,11 +191,11 @@ def finish(
 
 
 def _results(
-    runner: Runner, kernels: list[Benchmark], models: list[TransformerBenchmark], budget_s: float
+    runner: Runner, kernels: list[Benchmark], whole: list[ModelBenchmark], budget_s: float
 ) -> Iterator[Result]:
     yield from runner.run_all(kernels)
-    for model in models:
-        yield transformer.run(model, budget_s)
+    for model in whole:
+        yield models.run(model, budget_s)
 
 
 def _peaks(planned: list[Peak], settings: Options) -> Iterator[Peak]:

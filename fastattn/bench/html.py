@@ -10,6 +10,7 @@ from ..console import Cell
 from . import plots
 from .report import (
     HOST_TITLE,
+    PEAKS_TITLE,
     columns,
     contenders_of,
     grouped,
@@ -17,6 +18,7 @@ from .report import (
     host_rows,
     legend,
     memory_rows,
+    peak_rows,
     row,
     summary,
 )
@@ -70,6 +72,9 @@ def render(report: Report) -> str:
     if report.memory:
         parts.append("<h3>Attention, MB beyond inputs and outputs (causal float32 B1 H8 D64)</h3>")
         parts.append(table(("", "ours", "torch", "naive"), memory_rows(report.memory)))
+    if peaks := peak_rows(report):
+        parts.append(f"<h3>{escape(PEAKS_TITLE)}</h3>")
+        parts.append(table(("", "ours", "torch", "naive"), peaks))
     checked = "Every case was checked against float64 first."
     parts.append(f'<p class="dim">{escape(legend(report))}. {checked}</p>')
     failed = [f"{r.id}: {r.failure}" for r in report.results if r.failure]

@@ -12,17 +12,20 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import child
 from ..cases import AttentionCase
 from . import allocator
 from .contenders import NAIVE, OURS, TORCH, forwards
 from .results import Peak
+from .timing import Call
 
 HEADS, HEAD_DIM = 8, 64
 LONGEST = 16384
@@ -42,7 +45,7 @@ def jobs(full: bool) -> list[Peak]:
 
 def measure(planned: list[Peak], threads: int, backend: str | None) -> Iterator[Peak]:
     """The peaks, one by one, from a child process with the allocator as users have it."""
-    if not Path("/proc/self/clear_refs").exists():
+    if not measurable():
         for peak in planned:
             peak.absent = "peak memory is read from /proc (Linux)"
             yield peak
@@ -50,6 +53,11 @@ def measure(planned: list[Peak], threads: int, backend: str | None) -> Iterator[
     request = {"threads": threads, "backend": backend, "jobs": [asdict(p) for p in planned]}
     for answer in child.answers("fastattn.bench.memory", request, default_environment()):
         yield Peak(**answer)
+
+
+def measurable() -> bool:
+    """Whether this system tells a process's high-water mark."""
+    return Path("/proc/self/clear_refs").exists()
 
 
 def default_environment() -> dict[str, str]:
@@ -79,21 +87,32 @@ def _case(peak: Peak, length: int) -> AttentionCase:
     )
 
 
+def high_water_mb(call: Call) -> float:
+    """MB that this process held at most during a call, beyond what it held before."""
+    allocator.trim()
+    before = _status_mb("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
+    call()
+    return _status_mb("VmHWM") - before
+
+
 def _call(peak: Peak, length: int, backend: str | None) -> tuple[float, float, float]:
     """(peak over inputs in MB, bytes of the outputs in MB, seconds) of one call."""
     inputs = _case(peak, length).make_inputs(requires_grad=peak.backward)
     forward = forwards(_case(peak, length), inputs, backend)[peak.contender]
-    allocator.trim()
-    before = _status_mb("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
-    start = time.perf_counter()
-    with torch.set_grad_enabled(peak.backward):
-        out = forward()
-    outputs = [out]
-    if peak.backward:
-        outputs += torch.autograd.grad(out.sum(), list(inputs.values()))
-    seconds = time.perf_counter() - start
-    high = _status_mb("VmHWM") - before
+    outputs: list[Tensor] = []
+    seconds = 0.0
+
+    def call() -> None:
+        nonlocal seconds
+        start = time.perf_counter()
+        with torch.set_grad_enabled(peak.backward):
+            outputs.append(forward())
+        if peak.backward:
+            outputs.extend(torch.autograd.grad(outputs[0].sum(), list(inputs.values())))
+        seconds = time.perf_counter() - start
+
+    high = high_water_mb(call)
     return high, sum(t.nbytes for t in outputs) / 1e6, seconds
 
 
@@ -109,24 +128,35 @@ def _fill(peak: Peak, backend: str | None) -> Peak:
     return peak
 
 
-def main() -> None:
-    request = json.load(sys.stdin)
-    for raw in request["jobs"]:
+def fork_each(
+    jobs: Iterable[dict[str, Any]], work: Callable[[dict[str, Any]], dict[str, Any]]
+) -> None:
+    """Prints what ``work`` makes of each job in a process of its own, as a line of JSON; of one
+    that failed or was killed, the job and the reason as "absent"."""
+    for job in jobs:
         # The parent runs no kernel itself: a fork after threads have started would hang.
         process = os.fork()
         if process == 0:
-            torch.set_num_threads(request["threads"])
-            peak = Peak(**raw)
             try:
-                _fill(peak, request["backend"])
+                answer = work(job)
             except Exception as error:
-                peak.absent = str(error) or type(error).__name__
-            print(json.dumps(asdict(peak)), flush=True)
+                answer = job | {"absent": str(error) or type(error).__name__}
+            print(json.dumps(answer), flush=True)
             os._exit(0)
         _, status = os.waitpid(process, 0)
         if status:
-            gone = Peak(**{**raw, "absent": f"the process was killed (status {status})"})
-            print(json.dumps(asdict(gone)), flush=True)
+            gone = job | {"absent": f"the process was killed (status {status})"}
+            print(json.dumps(gone), flush=True)
+
+
+def main() -> None:
+    request = json.load(sys.stdin)
+
+    def work(job: dict[str, Any]) -> dict[str, Any]:
+        torch.set_num_threads(request["threads"])
+        return asdict(_fill(Peak(**job), request["backend"]))
+
+    fork_each(request["jobs"], work)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,12 @@ ROWS = {
     ("softmax", "softmax", "backward"): "softmax backward",
 }
 
+# op of a whole model -> rival -> what a reader calls it.
+RIVALS = {
+    "transformer": {"naive": "naive"},
+    "gpt2": {"torch": "transformers' sdpa", "naive": "transformers' eager"},
+}
+
 
 def ratios(results: Sequence[Result]) -> dict[tuple[str, str], list[float]]:
     """(row, dtype) -> the ratio to torch's operator at each shape."""
@@ -58,8 +64,10 @@ def table(results: Sequence[Result]) -> str:
         if any((name, dtype) in found for dtype in DTYPES):
             cells = (cell(found.get((name, dtype), [])) for dtype in DTYPES)
             lines.append(f"| {name} | {' | '.join(cells)} |")
-    models = [r for r in results if r.op == "transformer" and r.ratio is not None]
-    lines += [f"| {r.id}, against naive | {cell([r.ratio or 0.0])} | | |" for r in models]
+    for result in results:
+        if result.op in RIVALS and result.ratio is not None:
+            against = RIVALS[result.op][result.rival or ""]
+            lines.append(f"| {result.id}, against {against} | {cell([result.ratio])} | | |")
     return "\n".join(lines)
 
 

@@ -16,11 +16,14 @@ SECTIONS = (
     ("softmax", "forward", "Softmax, forward"),
     ("softmax", "backward", "Softmax, backward alone"),
     ("transformer", "", "Transformer, fused against naive"),
+    ("task", "", "Tasks of the examples, a training step"),
+    ("gpt2", "", "GPT-2 of transformers: patched, sdpa (torch), eager (naive)"),
 )
 CONTENDERS = ("ours", "torch", "naive", "flex")  # on a CPU
 PEERS = ("ours", "cudnn", "flash", "efficient", "fa3", "flex", "torch", "compile", "liger")  # a GPU
 LEGEND = (
-    "ratio: torch's time over ours (naive's where torch has no such operator); range: its least "
+    "ratio: torch's time over ours (naive's where torch has no such operator; that of the "
+    "faster of them for a whole model); range: its least "
     "and most over the rounds; roof: share of this machine's multiply-add or copy ceiling; "
     "flex: with --flex or --full"
 )
@@ -141,6 +144,24 @@ def memory_rows(peaks: list[Peak]) -> list[list[Cell]]:
     return rows
 
 
+PEAKS_TITLE = "Whole models, peak memory beyond the weights and the optimizer's state  [MB]"
+
+
+def peak_rows(report: Report) -> list[list[Cell]]:
+    """A row a whole model, a column a contender."""
+    return [
+        [
+            result.id,
+            *(
+                f"{result.peaks_mb[name]:.0f}" if name in result.peaks_mb else ""
+                for name in ("ours", "torch", "naive")
+            ),
+        ]
+        for result in report.results
+        if result.peaks_mb
+    ]
+
+
 def head(report: Report) -> list[str]:
     machine, roofs = report.machine, report.ceilings
     on_gpu = machine.get("device", "cpu") != "cpu"
@@ -195,6 +216,8 @@ def show(console: Console, report: Report) -> None:
             ("", "ours", "torch", "naive"),
             memory_rows(report.memory),
         )
+    if peaks := peak_rows(report):
+        console.table(PEAKS_TITLE, ("", "ours", "torch", "naive"), peaks)
     for result in report.results:
         if result.failure:
             console.line(f"FAILED {result.id}: {result.failure}", BAD)

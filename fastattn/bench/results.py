@@ -38,7 +38,8 @@ class Result:
     intensity: float = 0.0  # operations a byte
     bound: str = ""  # "compute" or "memory": the roof that is lower for this intensity
     of_ceiling: float = 0.0  # achieved over that roof
-    tokens: float = 0.0  # tokens/s, of a Transformer
+    tokens: float = 0.0  # tokens/s, of a whole model
+    peaks_mb: dict[str, float] = field(default_factory=dict)  # of a whole model, by contender
 
     @property
     def rival(self) -> str | None:

@@ -6,6 +6,7 @@ from fastattn.models.bert import (
     SequenceClassifier,
     mean_pool,
 )
+from fastattn.models.generation import Decoding
 from fastattn.models.transformer import (
     Decoder,
     Encoder,
@@ -17,6 +18,7 @@ from fastattn.models.transformer import (
 
 __all__ = [
     "Decoder",
+    "Decoding",
     "Encoder",
     "EncoderDecoder",
     "LanguageModel",
