@@ -12,10 +12,9 @@ It writes to --out: metrics.json, loss.png, checkpoint.pt and, with BPE, tokeniz
 from __future__ import annotations
 
 import argparse
-import hashlib
 import math
+import time
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,89 +22,56 @@ import torch
 from torch import Tensor, nn
 
 try:
+    from baselines import NGramModel, lstm_of
+    from data import (
+        BPETokenizer,
+        ByteTokenizer,
+        DataError,
+        even_windows,
+        fingerprint,
+        random_windows,
+        read_text,
+    )
     from rich.console import Console
     from rich.panel import Panel
     from rich.table import Table
     from rich.text import Text
     from training import (
-        BPETokenizer,
-        ByteTokenizer,
-        DataError,
-        Diverged,
         Run,
-        even_windows,
-        median,
-        perplexity,
+        arguments,
+        build_runs,
+        compare,
+        computing,
+        fit,
         plot_losses,
-        random_windows,
-        read_text,
+        positive,
+        positive_float,
+        read_checkpoint,
         replacing,
-        save_json,
-        train,
+        run_script,
+        show_comparison,
+        transformer_config,
     )
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: pip install 'fastattn[examples]'") from None
 
-from fastattn.models import LanguageModel, TransformerConfig, cross_entropy
-
-QUICK = {"attention": "both", "steps": 240}
+from fastattn.models import LanguageModel, cross_entropy
 
 
-def parse(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def parser() -> argparse.ArgumentParser:
+    defaults = {"out": "runs/lm", "steps": 2800, "batch": 4, "lr": 5e-3, "dropout": 0.1, "heads": 4}
+    parser = arguments(__doc__, **defaults)
     add = parser.add_argument
-    add("--attention", choices=("fused", "naive", "both"), default="fused")
-    add("--quick", action="store_true", help="fused and naive side by side in about 45 s")
-    add("--data", type=Path, help="a text file or a folder of them [the standard library's source]")
-    add("--data-mb", type=positive_float, default=4.0, help="read at most so many megabytes [4]")
-    add("--tokenizer", choices=("byte", "bpe"), default="byte")
+    add("--data-mb", type=positive_float, default=1.5, help="read at most so many megabytes [1.5]")
+    add("--tokenizer", choices=("byte", "bpe"), default="bpe")
     add("--vocab", type=positive, default=1024, help="BPE tokens [1024]")
-    add("--steps", type=positive, default=700)
-    add("--batch", type=positive, default=4, help="sequences a step [4]")
     add("--context", type=positive, default=256, help="tokens a sequence [256]")
-    add("--d-model", type=positive, default=128)
-    add("--layers", type=positive, default=3)
-    add("--heads", type=positive, default=2)
-    add("--dropout", type=float, default=0.0)
-    add("--lr", type=positive_float, default=4e-3, help="the highest learning rate [4e-3]")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: autocast")
-    add("--device", type=usable, default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--seed", type=int, default=0)
-    add("--out", type=Path, default=Path("runs/lm"), help="where results go [runs/lm]")
-    add("--resume", action="store_true", help="go on from the checkpoint in --out, if any")
-    add("--save-every", type=positive, default=25, help="steps between checkpoints [25]")
-    first, _ = parser.parse_known_args(argv)
-    if first.quick:  # presets are defaults, so whatever is named beside --quick holds
-        parser.set_defaults(**QUICK)
-    return parser, parser.parse_args(argv)
-
-
-def positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be positive, got {value}")
-    return value
-
-
-def positive_float(text: str) -> float:
-    if not 0.0 < (value := float(text)) < math.inf:
-        raise argparse.ArgumentTypeError(f"must be positive, got {value}")
-    return value
-
-
-def usable(device: str) -> str:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # what torch raises for want of CUDA
-        raise argparse.ArgumentTypeError(f"{device}: {str(error).splitlines()[0]}") from None
-    return device
-
-
-def check_extras(tokenizer: str) -> None:
-    """Before the training, not after it."""
-    needed = ("matplotlib", "tokenizers") if tokenizer == "bpe" else ("matplotlib",)
-    missing = [name for name in needed if find_spec(name) is None]
-    if missing:
-        raise DataError(f"needs {' and '.join(missing)}: pip install 'fastattn[examples]'")
+    switch = argparse.BooleanOptionalAction
+    add("--baselines", action=switch, default=True, help="an n-gram and an LSTM model beside it")
+    add("--ngram", type=positive, default=5, help="order of the n-gram model [5]")
+    add("--lstm-lr", type=positive_float, default=8e-3, help="highest learning rate of the LSTM")
+    parser.set_defaults(quick_defaults={"attention": "both", "steps": 240, "baselines": False})
+    return parser
 
 
 def prepare(args: argparse.Namespace) -> tuple[Any, Tensor, Tensor, int]:
@@ -127,104 +93,130 @@ def prepare(args: argparse.Namespace) -> tuple[Any, Tensor, Tensor, int]:
     return tokenizer, training, held_out, len(text) - cut
 
 
-def unigram_loss(training: Tensor, targets: Tensor, vocab_size: int) -> float:
-    """The loss of a model that knows how frequent each token is, and nothing else."""
+def unigram_model(training: Tensor, targets: Tensor, vocab_size: int) -> dict[str, float]:
+    """What metrics.json says of a model that knows how frequent each token is, and nothing else."""
+    started = time.perf_counter()
     counts = torch.bincount(training, minlength=vocab_size).double() + 1.0
-    return -(counts / counts.sum()).log()[targets].mean().item()
+    seconds = time.perf_counter() - started
+    loss = -(counts / counts.sum()).log()[targets].mean().item()
+    return {
+        "parameters": vocab_size,
+        "training_seconds": seconds,
+        "loss": loss,
+        "perplexity": math.exp(loss),
+    }
 
 
-def build_runs(args: argparse.Namespace, vocab_size: int) -> list[Run]:
-    """A run for each kind of attention, all from the same initial weights."""
-    dtype = getattr(torch, args.dtype)
-    device = torch.device(args.device)
-
-    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        inputs, targets = (tensor.to(device) for tensor in batch)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            logits = model(inputs)
-        return cross_entropy(logits, targets)
-
-    runs = []
-    for attention in ("fused", "naive") if args.attention == "both" else (args.attention,):
-        config = TransformerConfig(
-            vocab_size=vocab_size,
-            max_len=args.context,
-            d_model=args.d_model,
-            n_heads=args.heads,
-            n_layers=args.layers,
-            dropout=args.dropout,
-            tie_weights=False,  # with so few tokens and steps, a table of its own learns faster
-            attention=attention,
-        )
-        torch.manual_seed(args.seed)
-        runs.append(Run(attention, LanguageModel(config).to(device), loss))
-    return runs
+def language_model(args: argparse.Namespace, vocab_size: int, attention: str) -> LanguageModel:
+    config = transformer_config(
+        args,
+        vocab_size=vocab_size,
+        max_len=args.context,
+        tie_weights=False,  # with so few tokens and steps, a table of its own learns faster
+        positions="sinusoidal",  # and there is no table of positions to learn
+        init_std=0.06,  # the model is narrow
+        attention=attention,
+    )
+    return LanguageModel(config)
 
 
-def report(
+def load(folder: Path, attention: str = "fused") -> tuple[LanguageModel, Any]:
+    """(model, tokenizer) that this script left in a folder; DataError where there is none."""
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        raise DataError(f"{folder} has no checkpoint.pt: examples/train_lm.py --out {folder}")
+    state = read_checkpoint(path)
+    settings = argparse.Namespace(**state["settings"])
+    weights = next(iter(state["runs"].values()))["model"]
+    try:
+        tokenizer: Any = ByteTokenizer()
+        if settings.tokenizer == "bpe":
+            tokenizer = BPETokenizer.load(folder / "tokenizer.json")
+        model = language_model(settings, tokenizer.vocab_size, attention)
+        model.load_state_dict(weights)
+    except (AttributeError, RuntimeError) as error:
+        raise DataError(f"{path} is not of this script: {error}") from error
+    return model.eval(), tokenizer
+
+
+def load_or_train(
+    folder: Path | None, out: Path, attention: str, console: Console
+) -> tuple[LanguageModel, Any, str]:
+    """(model, tokenizer, where they are from): of a folder that this script left or, for None, of
+    runs/lm where there is one, else trained for a moment.
+    """
+    left = Path(parser().get_default("out"))
+    if folder is None and (left / "checkpoint.pt").exists():
+        folder = left
+    if folder is not None:
+        return *load(folder, attention), str(folder)
+    console.print(
+        "There is no trained model here: a tiny one is trained now, for 150 steps, and will make "
+        "little sense. For a better one run examples/train_lm.py first.",
+        style="yellow",
+    )
+    tiny = ["--steps=150", "--d-model=64", "--layers=2", "--batch=2", "--vocab=512"]
+    tiny += ["--data-mb=0.5", "--context=128", "--no-baselines", "--resume"]
+    main([*tiny, f"--out={out / 'model'}"])
+    return *load(out / "model", attention), "a tiny model, trained for 150 steps"
+
+
+def ngram_model(args: argparse.Namespace, training: Tensor, held_out: Any, vocab: int) -> Any:
+    """What metrics.json says of the n-gram model: it counts all of the training text, once."""
+    started = time.perf_counter()
+    model = NGramModel(training, vocab, args.ngram)
+    seconds = time.perf_counter() - started
+    loss = -model.log_p(*held_out).mean().item()
+    return {
+        "parameters": model.parameters,
+        "training_seconds": seconds,
+        "loss": loss,
+        "perplexity": math.exp(loss),
+    }
+
+
+def lstm_run(args: argparse.Namespace, beside: Run, vocab: int) -> Run:
+    """An LSTM of as many parameters as the model that it trains beside, on the same batches."""
+    parameters = sum(p.numel() for p in beside.model.parameters())
+    torch.manual_seed(args.seed)
+    return Run(
+        "lstm", lstm_of(parameters, vocab, args.dropout).to(args.device), beside.loss, args.lstm_lr
+    )
+
+
+def figures(
     args: argparse.Namespace,
     runs: list[Run],
-    unigram: float,
-    evaluated: int,
+    counted: dict[str, dict[str, float]],  # models that are no runs, by name
     bytes_per_token: float,
 ) -> dict[str, Any]:
-    """The figures of metrics.json."""
+    """What metrics.json says of the models."""
     tokens = args.batch * args.context
-    metrics: dict[str, Any] = {
-        "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "parameters": sum(p.numel() for p in runs[0].model.parameters()),
-        "tokens_trained": args.steps * tokens,
-        "tokens_held_out": evaluated,
-        "unigram_perplexity": math.exp(unigram),
-        "unigram_bits_per_byte": unigram / math.log(2) / bytes_per_token,
-        "runs": {},
-    }
-    for run in runs:
-        final, seconds = run.held_out[-1][1], median(run.seconds)
-        metrics["runs"][run.name] = {
-            "perplexity": perplexity(final),
-            "bits_per_byte": final / math.log(2) / bytes_per_token,
-            "step_ms": 1e3 * seconds,
-            "tokens_per_second": tokens / seconds,
-            "losses": run.losses,
-            "held_out": run.held_out,
-        }
-    if len(runs) == 2:
-        fused, naive = runs
-        differences = [abs(a - b) for a, b in zip(fused.losses, naive.losses, strict=True)]
-        metrics["loss_difference_max"] = max(differences)
-        metrics["loss_difference"] = differences
-        # of the two times of a step, so that both had the machine in the same state
-        ratios = [b / a for a, b in zip(fused.seconds, naive.seconds, strict=True)]
-        metrics["step_time_ratio"] = median(ratios)
+    metrics = compare(runs)
+    for run in metrics["runs"].values():
+        run["bits_per_byte"] = run["held_out"][-1][1] / math.log(2) / bytes_per_token
+        run["tokens_per_second"] = 1e3 * tokens / run["step_ms"]
+    for model in counted.values():
+        model["bits_per_byte"] = model["loss"] / math.log(2) / bytes_per_token
+    metrics["tokens_trained"] = args.steps * tokens
+    metrics["counted"] = counted
     return metrics
 
 
-def show(console: Console, metrics: dict[str, Any]) -> None:
-    title = f"{metrics['parameters'] / 1e6:.2f} M parameters, {metrics['tokens_trained']:,} tokens"
-    table = Table(title=title)
-    for column in ("", "perplexity", "bits a byte", "ms a step", "tokens/s"):
-        table.add_column(column, justify="right" if column else "left")
-    unigram = f"{metrics['unigram_perplexity']:.2f}", f"{metrics['unigram_bits_per_byte']:.3f}"
-    table.add_row("unigram baseline", *unigram, "", "")
-    for name, run in metrics["runs"].items():
-        table.add_row(
-            name,
-            f"{run['perplexity']:.2f}",
-            f"{run['bits_per_byte']:.3f}",
-            f"{run['step_ms']:.1f}",
-            f"{run['tokens_per_second']:,.0f}",
-        )
+def show(console: Console, metrics: dict[str, Any], names: dict[str, str]) -> None:
+    table = Table(title=f"{metrics['tokens_trained']:,} tokens of training")
+    table.add_column("")
+    for column in ("perplexity", "bits a byte", "parameters", "training", "a step", "tokens/s"):
+        table.add_column(column, justify="right")
+    for name, model in {**metrics["counted"], **metrics["runs"]}.items():
+        row = [f"{model['perplexity']:.2f}", f"{model['bits_per_byte']:.3f}"]
+        row += [f"{model['parameters'] / 1e6:.2f} M", f"{model['training_seconds']:.1f} s"]
+        if "step_ms" in model:
+            row += [f"{model['step_ms']:.1f} ms", f"{model['tokens_per_second']:,.0f}"]
+        table.add_row(names.get(name, f"Transformer, {name}"), *row)
     console.print(table)
     console.print(f"perplexity over {metrics['tokens_held_out']:,} tokens of held-out text")
-    if "step_time_ratio" in metrics:
-        console.print(
-            f"fused against naive: the losses of a step differ by at most "
-            f"{metrics['loss_difference_max']:.2e}; naive takes "
-            f"{metrics['step_time_ratio']:.2f} x the time"
-        )
+    show_comparison(console, metrics)
 
 
 def sample(run: Run, tokenizer: Any, held_out: Tensor, args: argparse.Namespace) -> tuple[str, str]:
@@ -236,61 +228,57 @@ def sample(run: Run, tokenizer: Any, held_out: Tensor, args: argparse.Namespace)
     return tokenizer.decode(tokens[:length]), tokenizer.decode(tokens[length:])
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Train as the command line says; returns what metrics.json holds."""
-    parser, args = parse(argv)
-    console = Console()
-    try:
-        check_extras(args.tokenizer)
-        args.out.mkdir(parents=True, exist_ok=True)
-        tokenizer, training, held_out, held_out_bytes = prepare(args)
-        runs = build_runs(args, tokenizer.vocab_size)
-    except OSError as error:
-        parser.error(f"--out {args.out}: {error.strerror}")
-    except (DataError, ValueError) as error:
-        parser.error(str(error))
+def work(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    tokenizer, training, held_out, held_out_bytes = prepare(args)
     inputs, targets = even_windows(held_out, 32, args.context)
-    bytes_per_token = held_out_bytes / len(held_out)
-    unigram = unigram_loss(training, targets, tokenizer.vocab_size)
+    unigram = unigram_model(training, targets, tokenizer.vocab_size)
     console.print(
         f"{len(training):,} tokens to train on, {len(held_out):,} held out; "
-        f"unigram perplexity {math.exp(unigram):.2f}; {args.device}, {args.dtype}"
+        f"unigram perplexity {unigram['perplexity']:.2f}; {args.device}, {args.dtype}"
     )
-    own = ("attention", "steps", "batch", "context", "d_model", "layers", "heads", "dropout")
-    settings = {name: getattr(args, name) for name in (*own, "lr", "dtype", "seed")}
-    settings["data"] = hashlib.sha256(training.numpy().tobytes()).hexdigest()[:16]
-    try:
-        first = train(
-            runs,
-            lambda step: random_windows(training, args.seed, step, args.batch, args.context),
-            list(zip(inputs.split(1), targets.split(1), strict=True)),
-            steps=args.steps,
-            peak_rate=args.lr,
-            warmup=max(1, args.steps // 10),
-            evaluate_every=max(1, args.steps // 5),
-            save_every=args.save_every,
-            checkpoint=args.out / "checkpoint.pt",
-            settings=settings,
-            resume=args.resume,
-        )
-    except DataError as error:
-        parser.error(str(error))
-    except Diverged as error:
-        parser.exit(1, f"{error}: a lower --lr may help\n")
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
+        tokens, following = (tensor.to(args.device) for tensor in batch)
+        with computing(args):
+            logits = model(tokens)
+        return cross_entropy(logits, following), following.numel()
+
+    vocab = tokenizer.vocab_size
+    runs = build_runs(args, lambda kind: language_model(args, vocab, kind), loss)
+    counted = {"unigram": unigram}
+    if args.baselines:
+        counted["ngram"] = ngram_model(args, training, (inputs, targets), vocab)
+        runs.append(lstm_run(args, runs[0], vocab))
+    first = fit(
+        args,
+        runs,
+        lambda step: random_windows(training, args.seed, step, args.batch, args.context),
+        list(zip(inputs.split(1), targets.split(1), strict=True)),
+        fingerprint(training),
+    )
     if first:
         console.print(f"resumed at step {first}")
 
-    metrics = report(args, runs, unigram, targets.numel(), bytes_per_token)
+    metrics = figures(args, runs, counted, held_out_bytes / len(held_out))
+    metrics["tokens_held_out"] = targets.numel()
     metrics["resumed_at"] = first
     prompt, continuation = sample(runs[0], tokenizer, held_out, args)
     metrics["sample"] = {"prompt": prompt, "continuation": continuation}
-    save_json(args.out / "metrics.json", metrics)
-    title = f"Language model, {metrics['parameters'] / 1e6:.2f} M parameters, {args.dtype}"
-    plot_losses(args.out / "loss.png", runs, {"unigram baseline": unigram}, title)
-    show(console, metrics)
+    title = f"Language model, {args.dtype}"
+    names = {"unigram": "unigram", "ngram": f"{args.ngram}-gram, Kneser-Ney", "lstm": "LSTM"}
+    levels = {names[name]: model["loss"] for name, model in counted.items()}
+    plot_losses(args.out / "loss.png", runs, levels, title)
+    show(console, metrics, names)
     console.print(Panel(Text.assemble((prompt, "dim"), continuation), title="a sample"))
     console.print(f"written to {args.out}: metrics.json, loss.png, checkpoint.pt")
     return metrics
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Train as the command line says; returns what metrics.json holds."""
+    return run_script(
+        parser(), argv, work, lambda args: ["tokenizers"] if args.tokenizer == "bpe" else []
+    )
 
 
 if __name__ == "__main__":

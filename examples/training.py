@@ -1,150 +1,199 @@
-"""What the training examples share: text, tokens, a training loop that survives a kill, a plot."""
+"""What the training examples share: a command line, a training loop that survives a kill, a plot.
+
+Reading order: the command line (`arguments`, `run_script`), models by it (`transformer_config`,
+`build_runs`), the loop (`Run`, `fit`, `train`), what a run leaves (`compare`, `plot_losses`).
+"""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-import hashlib
 import json
 import math
 import os
-import random
-import sysconfig
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from data import DataError
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import nn
 
+from fastattn.models import TransformerConfig
 
-class DataError(ValueError):
-    """The data or the checkpoint cannot be used; the message says why, and what would help."""
+# (mean loss, over how many targets), and where there is more to count on held-out data, a tally of
+# it: {"accuracy": (right, of how many), ...}
+Loss = Callable[[nn.Module, Any], tuple[Any, ...]]
 
 
 class Diverged(ArithmeticError):
     """The loss is no longer a number."""
 
 
-# ----------------------------------------------------------------------------- text and tokens
+# ------------------------------------------------------------------------------ the command line
+
+# arguments that may differ between a run and its continuation
+NEUTRAL = {"quick", "data", "device", "out", "resume", "save_every"}
 
 
-def read_text(path: Path | None, limit: int) -> bytes:
-    """Up to `limit` bytes of a file, of the text files in a folder, or, for None, of the Python
-    standard library's own source. The same bytes every time: files are sorted, then shuffled with
-    a fixed seed, so that a limited amount is not all of one package.
+DATA_HELP = "a text file or a folder of them, in place of what Python brings"
+
+
+def basic_arguments(
+    description: str, *, out: str, quick: str, **defaults: Any
+) -> argparse.ArgumentParser:
+    """The arguments of a script that shows something and trains nothing of its own."""
+    parser = argparse.ArgumentParser(description=description.split("\n")[0])
+    add = parser.add_argument
+    kinds = ("fused", "naive", "torch", "both")
+    add("--attention", choices=kinds, default="fused", help="whose kernels; both: fused and naive")
+    add("--quick", action="store_true", help=quick)
+    add("--device", type=usable, default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--seed", type=int, default=0)
+    add("--out", type=Path, default=Path(out), help=f"where results go [{out}]")
+    parser.set_defaults(quick_defaults={}, **defaults)
+    return parser
+
+
+def arguments(
+    description: str, *, out: str, data_help: str = DATA_HELP, **defaults: Any
+) -> argparse.ArgumentParser:
+    """The arguments that every training script has, with `defaults` of the script's own for them.
+
+    A script adds its own with `parser.add_argument`, and names what --quick changes with
+    `parser.set_defaults(quick_defaults={...})`.
     """
-    if path is None:
-        root = Path(sysconfig.get_paths()["stdlib"])
-        skipped = {"site-packages", "dist-packages", "test", "tests"}
-        files = [f for f in root.rglob("*.py") if not skipped & set(f.relative_to(root).parts)]
-        what = f"the Python standard library ({root})"
-    elif path.is_dir():
-        root, what = path, f"the folder {path}"
-        hidden = [f for f in root.rglob("*") if f.is_file()]
-        files = [f for f in hidden if not any(p[0] == "." for p in f.relative_to(root).parts)]
-    elif path.is_file():
-        root, files, what = path.parent, [path], f"the file {path}"
-    else:
-        raise DataError(f"--data {path}: there is no such file or folder")
-    files.sort(key=lambda f: f.relative_to(root).as_posix())
-    random.Random(0).shuffle(files)
-    pieces, size = [], 0
-    for file in files:
-        try:
-            piece = file.read_bytes()
-        except OSError as error:
-            raise DataError(f"cannot read {file}: {error.strerror}") from error
-        if b"\0" in piece:  # not text
-            continue
-        pieces.append(piece)
-        size += len(piece)
-        if size >= limit:
-            break
-    text = b"\n".join(pieces)[:limit]
-    if not text.strip():
-        raise DataError(f"{what} has no text in it")
-    return text
+    quick = "fused and naive side by side, in under a minute"
+    parser = basic_arguments(description, out=out, quick=quick)
+    add = parser.add_argument
+    add("--data", type=Path, help=data_help)
+    add("--steps", type=positive, default=600)
+    add("--batch", type=positive, default=8, help="sequences a step")
+    add("--d-model", type=positive, default=128)
+    add("--layers", type=positive, default=3)
+    add("--heads", type=positive, default=2)
+    add("--dropout", type=float, default=0.0)
+    add("--lr", type=positive_float, default=2e-3, help="the highest learning rate")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: autocast")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out, if any")
+    add("--save-every", type=positive, default=25, help="steps between checkpoints")
+    parser.set_defaults(quick_defaults={"attention": "both"}, **defaults)
+    return parser
 
 
-class ByteTokenizer:
-    """A token is a byte."""
-
-    vocab_size = 256
-
-    def encode(self, text: bytes) -> Tensor:
-        return torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
-
-    def decode(self, tokens: Tensor) -> str:
-        return bytes(tokens.tolist()).decode("utf-8", errors="replace")
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    first, _ = parser.parse_known_args(argv)
+    if first.quick:  # presets are defaults, so whatever is named beside --quick holds
+        parser.set_defaults(**first.quick_defaults)
+    args = parser.parse_args(argv)
+    del args.quick_defaults
+    return args
 
 
-class BPETokenizer:
-    """Byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909) over bytes, as GPT-2's."""
+def run_script(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    work: Callable[[argparse.Namespace, Console], dict[str, Any]],
+    needs: Callable[[argparse.Namespace], Sequence[str]] = lambda args: (),
+) -> dict[str, Any]:
+    """Parse, do the work, write its figures to metrics.json in --out, and return them.
 
-    PIECE = 1 << 16  # characters encoded at a time: one long string would take one core only
-
-    def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
-        self.vocab_size = tokenizer.get_vocab_size()
-
-    @classmethod
-    def train(cls, text: bytes, vocab_size: int) -> BPETokenizer:
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
-        tokenizer.train_from_iterator(cls.pieces(text), trainer)
-        return cls(tokenizer)
-
-    @classmethod
-    def pieces(cls, text: bytes) -> list[str]:
-        string = text.decode("utf-8", errors="replace")
-        return [string[i : i + cls.PIECE] for i in range(0, len(string), cls.PIECE)]
-
-    def encode(self, text: bytes) -> Tensor:
-        ids: list[int] = []
-        for encoding in self.tokenizer.encode_batch(self.pieces(text)):
-            ids += encoding.ids
-        return torch.tensor(ids)
-
-    def decode(self, tokens: Tensor) -> str:
-        return self.tokenizer.decode(tokens.tolist())
-
-
-def windows(tokens: Tensor, starts: Tensor, context: int) -> tuple[Tensor, Tensor]:
-    """(inputs, targets), both (len(starts), context): the targets are the inputs one token on."""
-    rows = tokens[starts[:, None] + torch.arange(context + 1)]
-    return rows[:, :-1], rows[:, 1:]
-
-
-def random_windows(
-    tokens: Tensor, seed: int, step: int, batch: int, context: int
-) -> tuple[Tensor, Tensor]:
-    """The batch of a step. It depends on the seed and the step alone, so a run that is resumed at
-    a step finds its place in the data with no state to save.
+    `needs` names the optional packages of the work: a missing one is said before the work begins.
+    What a user can mend ends with one line and exit status 2, a loss that diverged with 1.
     """
-    key = hashlib.sha256(f"{seed}:{step}".encode()).digest()[:7]
-    generator = torch.Generator().manual_seed(int.from_bytes(key, "big"))
-    starts = torch.randint(len(tokens) - context, (batch,), generator=generator)
-    return windows(tokens, starts, context)
+    args = parse(parser, argv)
+    try:
+        check_extras("matplotlib", *needs(args))
+        make_folder(args.out)
+        metrics = work(args, Console())
+        named = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+        metrics = {"arguments": named, "torch": torch.__version__, **metrics}
+        metrics["threads"] = torch.get_num_threads()
+        save_json(args.out / "metrics.json", metrics)
+    except DataError as error:
+        parser.error(str(error))
+    except Diverged as error:
+        parser.exit(1, f"{error}: a lower --lr may help\n")
+    return metrics
 
 
-def even_windows(tokens: Tensor, most: int, context: int) -> tuple[Tensor, Tensor]:
-    """Up to `most` windows, evenly spaced and not overlapping."""
-    count = min(most, (len(tokens) - 1) // context)
-    starts = torch.arange(count) * ((len(tokens) - 1) // count)
-    return windows(tokens, starts, context)
+def positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be positive, got {value}")
+    return value
 
 
-# ------------------------------------------------------------------------------------ training
+def positive_float(text: str) -> float:
+    if not 0.0 < (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"must be positive, got {value}")
+    return value
+
+
+def usable(device: str) -> str:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # what torch raises for want of CUDA
+        raise argparse.ArgumentTypeError(f"{device}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def check_extras(*needed: str) -> None:
+    missing = [name for name in needed if find_spec(name) is None]
+    if missing:
+        raise DataError(f"needs {' and '.join(missing)}: pip install 'fastattn[examples]'")
+
+
+def make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"--out {path}: {error.strerror}") from error
+
+
+# ----------------------------------------------------------------------- models by command line
+
+
+def transformer_config(args: argparse.Namespace, **fields: Any) -> TransformerConfig:
+    """The configuration that the arguments and `fields` ask for; DataError if there is none."""
+    asked = {
+        "d_model": args.d_model,
+        "n_heads": args.heads,
+        "n_layers": args.layers,
+        "dropout": args.dropout,
+        **fields,
+    }
+    try:
+        return TransformerConfig(**asked)
+    except ValueError as error:
+        raise DataError(str(error)) from error
+
+
+def attentions(args: argparse.Namespace) -> tuple[str, ...]:
+    return ("fused", "naive") if args.attention == "both" else (args.attention,)
+
+
+def build_runs(
+    args: argparse.Namespace, build: Callable[[str], nn.Module], loss: Loss
+) -> list[Run]:
+    """A run for each kind of attention, all from the same initial weights."""
+    runs = []
+    for attention in attentions(args):
+        torch.manual_seed(args.seed)
+        runs.append(Run(attention, build(attention).to(args.device), loss, args.lr))
+    return runs
+
+
+def computing(args: argparse.Namespace) -> Any:
+    """The block in which a model runs in --dtype."""
+    dtype = getattr(torch, args.dtype)
+    return torch.autocast(torch.device(args.device).type, dtype, enabled=dtype != torch.float32)
+
+
+# -------------------------------------------------------------------------------------- the loop
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
@@ -168,18 +217,19 @@ def adamw(model: nn.Module, weight_decay: float = 0.1) -> torch.optim.AdamW:
 class Run:
     """One model in training, and what it has been through."""
 
-    def __init__(self, name: str, model: nn.Module, loss: Callable[[nn.Module, Any], Tensor]):
-        self.name, self.model, self.loss = name, model, loss
+    def __init__(self, name: str, model: nn.Module, loss: Loss, peak_rate: float):
+        self.name, self.model, self.loss, self.peak_rate = name, model, loss, peak_rate
         self.optimizer = adamw(model)
         self.losses: list[float] = []  # of each step
         self.seconds: list[float] = []  # of each step
         self.held_out: list[tuple[int, float]] = []  # (steps done, loss)
+        self.scores: dict[str, list[float]] = {}  # what the loss tallies, at the same steps
 
     def step(self, batch: Any, rate: float) -> None:
         started = time.perf_counter()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss = self.loss(self.model, batch)
+        loss = self.loss(self.model, batch)[0]
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -190,12 +240,21 @@ class Run:
         self.seconds.append(time.perf_counter() - started)
 
     @torch.no_grad()
-    def evaluate(self, batches: list[Any]) -> float:
-        """The mean loss over batches of one size."""
+    def evaluate(self, batches: Sequence[Any]) -> float:
+        """The mean loss over all targets of the batches; what the loss tallies goes to `scores`."""
         self.model.eval()
-        mean = sum(self.loss(self.model, batch).item() for batch in batches) / len(batches)
+        total, targets = 0.0, 0
+        tallies: dict[str, tuple[float, int]] = {}
+        for batch in batches:
+            loss, count, *more = self.loss(self.model, batch)
+            total, targets = total + loss.item() * count, targets + count
+            for name, (right, of) in (more[0] if more else {}).items():
+                before = tallies.get(name, (0.0, 0))
+                tallies[name] = before[0] + float(right), before[1] + of
         self.model.train()
-        return mean
+        for name, (right, of) in tallies.items():
+            self.scores.setdefault(name, []).append(right / of)
+        return total / targets
 
     def state(self) -> dict[str, Any]:
         return {
@@ -204,6 +263,7 @@ class Run:
             "losses": self.losses,
             "seconds": self.seconds,
             "held_out": self.held_out,
+            "scores": self.scores,
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -211,15 +271,42 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.losses, self.seconds = state["losses"], state["seconds"]
         self.held_out = [(step, loss) for step, loss in state["held_out"]]
+        self.scores = state.get("scores", {})
+
+
+def fit(
+    args: argparse.Namespace,
+    runs: list[Run],
+    batch_at: Callable[[int], Any],
+    held_out: Sequence[Any],
+    data: str,
+    name: str = "checkpoint",
+) -> int:
+    """Train as the command line says. `data` is a fingerprint of what is learned from: a checkpoint
+    of other data, or of other arguments, is refused. Returns the step it started from.
+    """
+    settings = {k: v for k, v in vars(args).items() if k not in NEUTRAL}
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
+    return train(
+        runs,
+        batch_at,
+        held_out,
+        steps=args.steps,
+        warmup=max(1, args.steps // 10),
+        evaluate_every=max(1, args.steps // 5),
+        save_every=args.save_every,
+        checkpoint=args.out / f"{name}.pt",
+        settings={**settings, "data": data},
+        resume=args.resume,
+    )
 
 
 def train(
     runs: list[Run],
     batch_at: Callable[[int], Any],
-    held_out: list[Any],
+    held_out: Sequence[Any],
     *,
     steps: int,
-    peak_rate: float,
     warmup: int,
     evaluate_every: int,
     save_every: int,
@@ -238,9 +325,9 @@ def train(
     with progress_bar() as progress:
         task = progress.add_task("training", total=steps, completed=first, status="")
         for step in range(first, steps):
-            batch, rate = batch_at(step), learning_rate(step, steps, peak_rate, warmup)
+            batch = batch_at(step)
             for run in runs if step % 2 else reversed(runs):
-                run.step(batch, rate)
+                run.step(batch, learning_rate(step, steps, run.peak_rate, warmup))
                 check_finite(run, step, run.losses[-1])
             done = step + 1
             if done % evaluate_every == 0 or done == steps:
@@ -284,7 +371,43 @@ def median(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 
-# --------------------------------------------------------------------------------------- files
+# --------------------------------------------------------------------- what a run leaves behind
+
+
+def compare(runs: list[Run]) -> dict[str, Any]:
+    """Figures of each run, and of fused against naive where both were trained."""
+    figures: dict[str, Any] = {
+        run.name: {
+            "parameters": sum(p.numel() for p in run.model.parameters()),
+            "perplexity": perplexity(run.held_out[-1][1]),
+            "step_ms": 1e3 * median(run.seconds),
+            "training_seconds": sum(run.seconds),
+            "losses": run.losses,
+            "held_out": run.held_out,
+            **({"scores": run.scores} if run.scores else {}),
+        }
+        for run in runs
+    }
+    named = {run.name: run for run in runs}
+    metrics: dict[str, Any] = {"runs": figures}
+    if {"fused", "naive"} <= named.keys():
+        fused, naive = named["fused"], named["naive"]
+        differences = [abs(a - b) for a, b in zip(fused.losses, naive.losses, strict=True)]
+        metrics["loss_difference_max"] = max(differences)
+        metrics["loss_difference"] = differences
+        # of the two times of a step, so that both had the machine in the same state
+        ratios = [b / a for a, b in zip(fused.seconds, naive.seconds, strict=True)]
+        metrics["step_time_ratio"] = median(ratios)
+    return metrics
+
+
+def show_comparison(console: Console, metrics: dict[str, Any]) -> None:
+    if "step_time_ratio" in metrics:
+        console.print(
+            f"fused against naive: the losses of a step differ by at most "
+            f"{metrics['loss_difference_max']:.2e}; naive takes "
+            f"{metrics['step_time_ratio']:.2f} x the time"
+        )
 
 
 @contextlib.contextmanager
@@ -310,15 +433,22 @@ def save_checkpoint(path: Path, runs: list[Run], settings: dict[str, Any], step:
         torch.save(state, partial)
 
 
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What `save_checkpoint` wrote; DataError if it is something else."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state["settings"], state["runs"]
+    except Exception as error:  # a broken pickle can raise anything
+        raise DataError(f"{path} is not a checkpoint of this script") from error
+    return state
+
+
 def load_checkpoint(path: Path, runs: list[Run], settings: dict[str, Any]) -> int:
     """Put the runs back where the checkpoint has them; the steps done, 0 when there is none."""
     if not path.exists():
         return 0
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        saved = state["settings"]
-    except Exception as error:  # a broken pickle can raise anything
-        raise DataError(f"{path} is not a checkpoint of this script") from error
+    state = read_checkpoint(path)
+    saved = state["settings"]
     changed = [k for k in sorted({*saved, *settings}) if saved.get(k) != settings.get(k)]
     if changed:
         differences = ", ".join(f"{k}: {saved.get(k)} then, {settings.get(k)} now" for k in changed)
@@ -336,25 +466,34 @@ def save_json(path: Path, value: Any) -> None:
         partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
-def plot_losses(path: Path, runs: list[Run], lines: dict[str, float], title: str) -> None:
-    """Training losses as lines, held-out losses as points, `lines` as dashed levels."""
+@contextlib.contextmanager
+def plotting(path: Path, **size: Any) -> Iterator[Any]:
+    """matplotlib's axes of a picture that is written to `path`."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for i, run in enumerate(runs):
-        dashes = {"linestyle": (0, (4, 3))} if i else {}  # equal curves both stay visible
-        axes.plot(run.losses, color=f"C{i}", label=f"{run.name}, training", lw=1.2, **dashes)
-        steps, losses = zip(*run.held_out, strict=True)
-        marker = "ox"[i % 2]
-        axes.plot(steps, losses, marker, color=f"C{i}", label=f"{run.name}, held-out")
-    for name, level in lines.items():
-        axes.axhline(level, color="gray", linestyle=":", label=name)
-    axes.set(xlabel="step", ylabel="loss (nats a token)", title=title)
-    axes.legend()
-    axes.grid(alpha=0.3)
-    with replacing(path) as partial:
-        figure.savefig(partial, format="png", dpi=120)
-    plt.close(figure)
+    figure, axes = plt.subplots(**{"figsize": (8, 4.5), "layout": "constrained", **size})
+    try:
+        yield axes
+        with replacing(path) as partial:
+            figure.savefig(partial, format="png", dpi=120)
+    finally:
+        plt.close(figure)
+
+
+def plot_losses(path: Path, runs: list[Run], lines: dict[str, float], title: str) -> None:
+    """Training losses as lines, held-out losses as points, `lines` as dashed levels."""
+    with plotting(path) as axes:
+        for i, run in enumerate(runs):
+            dashes = {"linestyle": (0, (4, 3))} if i else {}  # equal curves both stay visible
+            axes.plot(run.losses, color=f"C{i}", label=f"{run.name}, training", lw=1.2, **dashes)
+            steps, losses = zip(*run.held_out, strict=True)
+            marker = "ox^v"[i % 4]
+            axes.plot(steps, losses, marker, color=f"C{i}", label=f"{run.name}, held-out")
+        for name, level in lines.items():
+            axes.axhline(level, color="gray", linestyle=":", label=name)
+        axes.set(xlabel="step", ylabel="loss (nats a token)", title=title)
+        axes.legend()
+        axes.grid(alpha=0.3)

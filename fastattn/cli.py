@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     preset = bench.add_mutually_exclusive_group()
     preset.add_argument("--quick", action="store_true", help="about 2 minutes on 2 cores [default]")
     preset.add_argument("--full", action="store_true", help="every shape, and longer timing")
-    ops = ("attention", "layer_norm", "softmax", "transformer", "gpt2")
+    ops = ("attention", "layer_norm", "softmax", "transformer", "task", "gpt2")
     bench.add_argument("--op", choices=ops)
     bench.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     bench.add_argument("--case", metavar="PATTERN", help="part of an id, or a pattern with *")

@@ -16,6 +16,7 @@ import fastattn
 pytest.importorskip("rich", reason="the examples need fastattn[examples]")
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
+import data  # noqa: E402
 import train_lm  # noqa: E402
 import training  # noqa: E402
 
@@ -177,7 +178,7 @@ def test_bad_data(text, tmp_path, capsys):
 
 
 def test_extras_are_missed_before_the_training(text, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train_lm, "find_spec", lambda name: None)
+    monkeypatch.setattr(training, "find_spec", lambda name: None)
     said = error_of(capsys, "--data", text, "--out", tmp_path, "--tokenizer", "bpe")
     assert "needs matplotlib and tokenizers: pip install 'fastattn[examples]'" in said
 
@@ -197,24 +198,24 @@ def test_text_of_a_folder(tmp_path):
     (tmp_path / "sub" / "b.md").write_bytes(b"second")
     (tmp_path / "image.png").write_bytes(b"\x89PNG\0\0")
     (tmp_path / ".hidden").write_bytes(b"hidden")
-    text = training.read_text(tmp_path, 1000)
+    text = data.read_text(tmp_path, 1000)
     assert sorted(text.split(b"\n")) == [b"first", b"second"]
-    assert training.read_text(tmp_path, 1000) == text
-    assert training.read_text(tmp_path, 3) == text[:3]
+    assert data.read_text(tmp_path, 1000) == text
+    assert data.read_text(tmp_path, 3) == text[:3]
 
 
 def test_the_standard_library_is_the_default():
-    text = training.read_text(None, 200_000)
+    text = data.read_text(None, 200_000)
     assert len(text) == 200_000
     assert text.count(b"\ndef ") + text.count(b"\nclass ") > 50
-    assert training.read_text(None, 200_000) == text
+    assert data.read_text(None, 200_000) == text
 
 
 def test_tokenizers_round_trip():
     text = "def f(x):\n\treturn 'é€😀' * x  # naïve\n".encode()
-    assert training.ByteTokenizer().decode(training.ByteTokenizer().encode(text)) == text.decode()
+    assert data.ByteTokenizer().decode(data.ByteTokenizer().encode(text)) == text.decode()
     pytest.importorskip("tokenizers")
-    bpe = training.BPETokenizer.train(text * 50, 280)
+    bpe = data.BPETokenizer.train(text * 50, 280)
     assert bpe.vocab_size <= 280
     assert len(bpe.encode(text)) < len(text)
     assert bpe.decode(bpe.encode(text)) == text.decode()
@@ -223,17 +224,17 @@ def test_tokenizers_round_trip():
 def test_targets_are_the_inputs_one_token_on():
     tokens = torch.arange(100)
     for inputs, targets in (
-        training.random_windows(tokens, 0, 5, 4, 8),
-        training.even_windows(tokens, 4, 8),
+        data.random_windows(tokens, 0, 5, 4, 8),
+        data.even_windows(tokens, 4, 8),
     ):
         assert inputs.shape == targets.shape == (4, 8)
         assert torch.equal(inputs + 1, targets)
-    again = training.random_windows(tokens, 0, 5, 4, 8)
-    assert torch.equal(training.random_windows(tokens, 0, 5, 4, 8)[0], again[0])
-    assert not torch.equal(training.random_windows(tokens, 0, 6, 4, 8)[0], again[0])
-    reached = {training.random_windows(tokens, 0, i, 4, 8)[1].max().item() for i in range(300)}
+    again = data.random_windows(tokens, 0, 5, 4, 8)
+    assert torch.equal(data.random_windows(tokens, 0, 5, 4, 8)[0], again[0])
+    assert not torch.equal(data.random_windows(tokens, 0, 6, 4, 8)[0], again[0])
+    reached = {data.random_windows(tokens, 0, i, 4, 8)[1].max().item() for i in range(300)}
     assert max(reached) == 99  # the last token is a target too
-    inputs, _ = training.even_windows(tokens, 99, 8)
+    inputs, _ = data.even_windows(tokens, 99, 8)
     assert len(inputs) == 12 and inputs.unique().numel() == inputs.numel()
 
 
@@ -251,7 +252,7 @@ def test_learning_rate():
 
 
 def test_what_is_named_beside_quick_holds():
-    _, args = train_lm.parse(["--quick"])
-    assert {name: getattr(args, name) for name in train_lm.QUICK} == train_lm.QUICK
-    _, args = train_lm.parse(["--quick", "--attention", "naive", "--steps", "7"])
+    args = training.parse(train_lm.parser(), ["--quick"])
+    assert (args.attention, args.steps) == ("both", 240)
+    args = training.parse(train_lm.parser(), ["--quick", "--attention", "naive", "--steps", "7"])
     assert (args.attention, args.steps) == ("naive", 7)

@@ -16,12 +16,16 @@ import torch
 from torch import Tensor
 
 from .. import child, testing
-from . import gpt2, memory, table, timing, transformer
+from . import gpt2, memory, table, tasks, timing, transformer
 from .contenders import NAIVE, OURS
 from .results import Result
 from .whole_model import ModelBenchmark
 
-BENCHMARKS: tuple[ModelBenchmark, ...] = (*transformer.BENCHMARKS, *gpt2.BENCHMARKS)
+BENCHMARKS: tuple[ModelBenchmark, ...] = (
+    *transformer.BENCHMARKS,
+    *tasks.BENCHMARKS,
+    *gpt2.BENCHMARKS,
+)
 SHORT = 16  # tokens of a step that makes the optimizer's state before memory is measured
 
 

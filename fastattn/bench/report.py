@@ -16,13 +16,14 @@ SECTIONS = (
     ("softmax", "forward", "Softmax, forward"),
     ("softmax", "backward", "Softmax, backward alone"),
     ("transformer", "", "Transformer, fused against naive"),
+    ("task", "", "Tasks of the examples, a training step"),
     ("gpt2", "", "GPT-2 of transformers: patched, sdpa (torch), eager (naive)"),
 )
 CONTENDERS = ("ours", "torch", "naive", "flex")  # on a CPU
 PEERS = ("ours", "cudnn", "flash", "efficient", "fa3", "flex", "torch", "compile", "liger")  # a GPU
 LEGEND = (
     "ratio: torch's time over ours (naive's where torch has no such operator; that of the "
-    "faster of them for GPT-2); range: its least "
+    "faster of them for a whole model); range: its least "
     "and most over the rounds; roof: share of this machine's multiply-add or copy ceiling; "
     "flex: with --flex or --full"
 )

@@ -1,0 +1,302 @@
+"""What the examples learn from: text that is on every machine, split, in tokens, in batches."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import inspect
+import random
+import re
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+
+class DataError(ValueError):
+    """The data or the checkpoint cannot be used; the message says why, and what would help."""
+
+
+# ----------------------------------------------------------------------------- text and tokens
+
+
+def standard_library() -> tuple[Path, list[Path]]:
+    """Where the sources of Python's standard library are, and which files they are."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skipped = {"site-packages", "dist-packages", "test", "tests"}
+    return root, [f for f in root.rglob("*.py") if not skipped & set(f.relative_to(root).parts)]
+
+
+def read_text(path: Path | None, limit: int) -> bytes:
+    """Up to `limit` bytes of a file, of the text files in a folder, or, for None, of the Python
+    standard library's own source. The same bytes every time: files are sorted, then shuffled with
+    a fixed seed, so that a limited amount is not all of one package.
+    """
+    if path is None:
+        root, files = standard_library()
+        what = f"the Python standard library ({root})"
+    elif path.is_dir():
+        root, what = path, f"the folder {path}"
+        hidden = [f for f in root.rglob("*") if f.is_file()]
+        files = [f for f in hidden if not any(p[0] == "." for p in f.relative_to(root).parts)]
+    elif path.is_file():
+        root, files, what = path.parent, [path], f"the file {path}"
+    else:
+        raise DataError(f"--data {path}: there is no such file or folder")
+    files.sort(key=lambda f: f.relative_to(root).as_posix())
+    random.Random(0).shuffle(files)
+    pieces, size = [], 0
+    for file in files:
+        try:
+            piece = file.read_bytes()
+        except OSError as error:
+            raise DataError(f"cannot read {file}: {error.strerror}") from error
+        if b"\0" in piece:  # not text
+            continue
+        pieces.append(piece)
+        size += len(piece)
+        if size >= limit:
+            break
+    text = b"\n".join(pieces)[:limit]
+    if not text.strip():
+        raise DataError(f"{what} has no text in it")
+    return text
+
+
+class Docstring(NamedTuple):
+    """What a module of the standard library says of itself or of a class or function in it."""
+
+    package: str  # "asyncio", "email", "tkinter", ...: its topic
+    summary: str  # the first line
+    body: str  # the other lines, cleaned; may be empty
+
+
+def docstrings() -> list[Docstring]:
+    """The docstrings of the standard library, in a fixed order, without repetitions."""
+    root, files = standard_library()
+    found: dict[str, Docstring] = {}
+    for file in sorted(files):
+        try:
+            tree = ast.parse(file.read_bytes())
+        except (SyntaxError, ValueError, OSError):  # templates, and what cannot be read
+            continue
+        package = file.relative_to(root).parts[0].removesuffix(".py")
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        for node in ast.walk(tree):
+            text = ast.get_docstring(node) if isinstance(node, kinds) else None
+            if text and text.strip():
+                summary, _, body = inspect.cleandoc(text).strip().partition("\n")
+                found.setdefault(text, Docstring(package, clean(summary), clean(body)))
+    return list(found.values())
+
+
+class Passage(NamedTuple):
+    """A text of a few sentences, and what it is about."""
+
+    topic: str
+    sentences: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.sentences)
+
+
+PASSAGES_HELP = (
+    "your own texts, in place of the standard library's docstrings: a text file or a folder of "
+    "them; texts are divided by blank lines, and their topic is the folder below PATH that the "
+    "file is in, or the file's name"
+)
+
+
+@functools.cache  # parsing the standard library takes seconds
+def passages(path: Path | None) -> tuple[Passage, ...]:
+    """The docstrings of the standard library, their topic the package, or the paragraphs of a text
+    file or a folder of them, their topic the folder below `path` or else the file's name. In a
+    fixed order, without repetitions.
+    """
+    if path is None:
+        return tuple(
+            Passage(d.package, (*sentences(d.summary), *sentences(d.body))) for d in docstrings()
+        )
+    if not path.exists():
+        raise DataError(f"--data {path}: there is no such file or folder")
+    root = path if path.is_dir() else path.parent
+    found: dict[str, Passage] = {}
+    for file in sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]:
+        place = file.relative_to(root)
+        content = file.read_bytes()
+        if b"\0" in content or any(part.startswith(".") for part in place.parts):
+            continue
+        topic = place.parts[0] if len(place.parts) > 1 else place.stem
+        for paragraph in re.split(r"\n\s*\n", content.decode("utf-8", errors="replace")):
+            if text := clean(paragraph):
+                found.setdefault(text, Passage(topic, tuple(sentences(text))))
+    if not found:
+        raise DataError(f"--data {path} has no text in it")
+    return tuple(found.values())
+
+
+def sentences(text: str) -> list[str]:
+    """A text cut after each full stop, question or exclamation mark that a new sentence follows."""
+    return re.split(r"(?<=[.!?])\s+(?=[^a-z\s])", text) if text else []
+
+
+def split_passages(path: Path | None, fewest: int) -> tuple[list[Passage], list[Passage]]:
+    """(training, held-out): every script sees the same eighth held out, so that what one of them
+    learns from, another can be asked about. DataError for fewer than `fewest` passages.
+    """
+    every = passages(path)
+    if len(every) < fewest:
+        raise DataError(
+            f"the text has {len(every)} passages (docstrings, or paragraphs between blank lines), "
+            f"at least {fewest} are needed"
+        )
+    return split(every, held_out=1 / 8)
+
+
+def clean(text: str) -> str:
+    """Any run of white space becomes one space; control characters go."""
+    printable = "".join(c for c in text if c.isprintable() or c.isspace())
+    return re.sub(r"\s+", " ", printable).strip()
+
+
+Item = TypeVar("Item")
+
+
+def split(items: Sequence[Item], held_out: float, seed: int = 0) -> tuple[list[Item], list[Item]]:
+    """(training, held-out) in a random order that depends on the seed alone."""
+    order = list(range(len(items)))
+    random.Random(seed).shuffle(order)
+    cut = len(items) - round(len(items) * held_out)
+    return [items[i] for i in order[:cut]], [items[i] for i in order[cut:]]
+
+
+class ByteTokenizer:
+    """A token is a byte."""
+
+    vocab_size = 256
+
+    def encode(self, text: bytes) -> Tensor:
+        return torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
+
+    def decode(self, tokens: Tensor) -> str:
+        return bytes(tokens.tolist()).decode("utf-8", errors="replace")
+
+
+class BPETokenizer:
+    """Byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909) over bytes, as GPT-2's."""
+
+    PIECE = 1 << 16  # characters encoded at a time: one long string would take one core only
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.vocab_size = tokenizer.get_vocab_size()
+
+    @classmethod
+    def train(
+        cls, text: bytes, vocab_size: int, special_tokens: Sequence[str] = ()
+    ) -> BPETokenizer:
+        """Special tokens ("[PAD]", "[MASK]", ...) get the first ids; text never encodes to them."""
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            special_tokens=list(special_tokens),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(cls.pieces(text), trainer)
+        tokenizer.encode_special_tokens = True  # as any other text
+        return cls(tokenizer)
+
+    @classmethod
+    def load(cls, path: Path) -> BPETokenizer:
+        """From the file that a training script left."""
+        from tokenizers import Tokenizer
+
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # what tokenizers raises has no class of its own
+            raise DataError(f"{path} is not a tokenizer: {error}") from error
+        tokenizer.encode_special_tokens = True  # as any other text; the file does not say it
+        return cls(tokenizer)
+
+    @classmethod
+    def pieces(cls, text: bytes) -> list[str]:
+        string = text.decode("utf-8", errors="replace")
+        return [string[i : i + cls.PIECE] for i in range(0, len(string), cls.PIECE)]
+
+    def encode(self, text: bytes) -> Tensor:
+        ids: list[int] = []
+        for encoding in self.tokenizer.encode_batch(self.pieces(text)):
+            ids += encoding.ids
+        return torch.tensor(ids)
+
+    def decode(self, tokens: Tensor) -> str:
+        return self.tokenizer.decode(tokens.tolist())
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """The randomness of a step's batch. It depends on the seed and the step alone, so a run that is
+    resumed at a step finds its place in the data with no state to save.
+    """
+    key = hashlib.sha256(f"{seed}:{step}".encode()).digest()[:7]
+    return torch.Generator().manual_seed(int.from_bytes(key, "big"))
+
+
+def fingerprint(*tokens: Tensor) -> str:
+    """Tells data from other data."""
+    digest = hashlib.sha256()
+    for tensor in tokens:
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, left: bool = False) -> tuple[Tensor, Tensor]:
+    """(tokens, mask), both (len(rows), longest): rows of unequal length filled up with `value` on
+    the right, or on the left; the mask is True where there is a real token.
+    """
+    longest = max(len(row) for row in rows)
+    tokens = torch.full((len(rows), longest), value)
+    mask = torch.zeros(len(rows), longest, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        place = slice(longest - len(row), None) if left else slice(len(row))
+        tokens[i, place] = torch.tensor(row, dtype=torch.long)
+        mask[i, place] = True
+    return tokens, mask
+
+
+def random_rows(count: int, seed: int, step: int, batch: int) -> list[int]:
+    """The indices of a step's examples: `batch` of `count`, each once an epoch."""
+    epoch_steps = max(1, count // batch)
+    epoch, place = divmod(step, epoch_steps)
+    order = torch.randperm(count, generator=step_generator(seed, -1 - epoch)).tolist()
+    return [order[i % count] for i in range(place * batch, (place + 1) * batch)]
+
+
+def windows(tokens: Tensor, starts: Tensor, context: int) -> tuple[Tensor, Tensor]:
+    """(inputs, targets), both (len(starts), context): the targets are the inputs one token on."""
+    rows = tokens[starts[:, None] + torch.arange(context + 1)]
+    return rows[:, :-1], rows[:, 1:]
+
+
+def random_windows(
+    tokens: Tensor, seed: int, step: int, batch: int, context: int
+) -> tuple[Tensor, Tensor]:
+    """`batch` windows from anywhere in the tokens, as the step's generator draws them."""
+    starts = torch.randint(len(tokens) - context, (batch,), generator=step_generator(seed, step))
+    return windows(tokens, starts, context)
+
+
+def even_windows(tokens: Tensor, most: int, context: int) -> tuple[Tensor, Tensor]:
+    """Up to `most` windows, evenly spaced and not overlapping."""
+    count = min(most, (len(tokens) - 1) // context)
+    starts = torch.arange(count) * ((len(tokens) - 1) // count)
+    return windows(tokens, starts, context)

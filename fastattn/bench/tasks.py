@@ -1,0 +1,167 @@
+"""The models that the examples train, a training step each: what the kernels' share of it is.
+
+Everyone trains the same model: on fastattn's kernels (ours), on torch's own attention and layer norm
+(torch), on the textbook's formulas (naive). Sizes are those of the examples, tokens are random, and
+rows end in padding where the task's do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .contenders import NAIVE, OURS, TORCH
+from .whole_model import ModelBenchmark
+
+KINDS = {OURS: "fused", TORCH: "torch", NAIVE: "naive"}  # how a model calls its kernels
+
+
+@dataclass(frozen=True)
+class TaskBenchmark(ModelBenchmark):
+    """A model of `width`, `layers` and `heads` in training."""
+
+    width: int = 128
+    layers: int = 3
+    heads: int = 2
+    vocabulary: int = 1024
+
+    task: ClassVar[str]
+    op: ClassVar[str] = "task"
+    contenders: ClassVar[tuple[str, ...]] = (OURS, TORCH, NAIVE)
+
+    @property
+    def id(self) -> str:
+        return f"task-{self.task}-b{self.batch}_s{self.length}-{self.dtype}-{self.direction}"
+
+    @property
+    def shape(self) -> dict[str, int]:
+        return {"B": self.batch, "S": self.length, "E": self.width, "layers": self.layers}
+
+    def model(self, contender: str) -> Any:
+        from ..models import TransformerConfig
+
+        torch.manual_seed(0)
+        config = TransformerConfig(
+            vocab_size=self.vocabulary,
+            max_len=self.length,
+            d_model=self.width,
+            n_heads=self.heads,
+            n_layers=self.layers,
+            attention=KINDS[contender],
+        )
+        return self.build(config)
+
+    def build(self, config: Any) -> nn.Module:
+        raise NotImplementedError
+
+    def generate(self, model: Any, tokens: Tensor) -> object:
+        raise NotImplementedError("tasks are trained")
+
+
+class LanguageModelTask(TaskBenchmark):
+    """Each token from those before it."""
+
+    task = "language_model"
+
+    def build(self, config: Any) -> nn.Module:
+        from ..models import LanguageModel
+
+        return LanguageModel(config)
+
+    def logits(self, model: Any, tokens: Tensor) -> Tensor:
+        return model(tokens)
+
+    def loss(self, model: Any, tokens: Tensor) -> Tensor:
+        from ..models import cross_entropy
+
+        return cross_entropy(model(tokens[:, :-1]), tokens[:, 1:])
+
+
+def padding(tokens: Tensor) -> Tensor:
+    """(B, S), True where there is a token: every second row is whole, the others end earlier."""
+    batch, length = tokens.shape
+    row = torch.arange(batch)
+    lengths = length - (row % 2) * (row % 8) * length // 16
+    return torch.arange(length) < lengths[:, None]
+
+
+class EncoderWithHead(nn.Module):
+    """An encoder and a linear layer over its states, (B, S, outputs)."""
+
+    def __init__(self, config: Any, outputs: int):
+        from ..models import Encoder
+
+        super().__init__()
+        self.encoder = Encoder(config)
+        self.head = nn.Linear(config.d_model, outputs)
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        return self.head(self.encoder(tokens, mask))
+
+
+class MaskedLanguageModelTask(TaskBenchmark):
+    """Every seventh token from all the others."""
+
+    task = "masked_language_model"
+
+    def build(self, config: Any) -> nn.Module:
+        return EncoderWithHead(config, self.vocabulary)
+
+    def logits(self, model: Any, tokens: Tensor) -> Tensor:
+        return model(tokens, padding(tokens))
+
+    def loss(self, model: Any, tokens: Tensor) -> Tensor:
+        hidden = torch.arange(tokens.shape[1]) % 7 == 3
+        seen = tokens.masked_fill(hidden, 0)
+        logits = self.logits(model, seen)[:, hidden]
+        return F.cross_entropy(logits.flatten(0, 1), tokens[:, hidden].flatten())
+
+
+class ClassificationTask(TaskBenchmark):
+    """The kind of a text, from the mean of its states."""
+
+    task = "classification"
+    classes: ClassVar[int] = 8
+
+    def build(self, config: Any) -> nn.Module:
+        return EncoderWithHead(config, self.classes)
+
+    def logits(self, model: Any, tokens: Tensor) -> Tensor:
+        mask = padding(tokens)
+        states = model(tokens, mask).masked_fill(~mask[..., None], 0.0)
+        return states.sum(1) / mask.sum(1, keepdim=True)
+
+    def loss(self, model: Any, tokens: Tensor) -> Tensor:
+        return F.cross_entropy(self.logits(model, tokens), tokens[:, 0] % self.classes)
+
+
+class EncoderDecoderTask(TaskBenchmark):
+    """The second half of the tokens from the first, through cross-attention."""
+
+    task = "encoder_decoder"
+
+    def build(self, config: Any) -> nn.Module:
+        from ..models import EncoderDecoder
+
+        return EncoderDecoder(config)
+
+    def logits(self, model: Any, tokens: Tensor) -> Tensor:
+        source, target = tokens.chunk(2, 1)
+        return model(source, target, padding(source))
+
+    def loss(self, model: Any, tokens: Tensor) -> Tensor:
+        from ..models import cross_entropy
+
+        return cross_entropy(self.logits(model, tokens)[:, :-1], tokens.chunk(2, 1)[1][:, 1:])
+
+
+BENCHMARKS: tuple[TaskBenchmark, ...] = (
+    LanguageModelTask("train_step", batch=4, length=256, quick=False),
+    MaskedLanguageModelTask("train_step", batch=32, length=64, vocabulary=2048, quick=False),
+    EncoderDecoderTask("train_step", batch=32, length=128, vocabulary=2000, quick=False),
+    ClassificationTask("train_step", batch=32, length=64, vocabulary=2048, quick=False),
+)
