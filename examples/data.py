@@ -148,6 +148,7 @@ class BPETokenizer:
             show_progress=False,
         )
         tokenizer.train_from_iterator(cls.pieces(text), trainer)
+        tokenizer.encode_special_tokens = True  # as any other text
         return cls(tokenizer)
 
     @classmethod
