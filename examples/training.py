@@ -52,7 +52,7 @@ def arguments(
     """
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
     add = parser.add_argument
-    add("--attention", choices=("fused", "naive", "both"), default="fused")
+    add("--attention", choices=("fused", "naive", "torch", "both"), default="fused")
     add("--quick", action="store_true", help="fused and naive side by side, in under a minute")
     add("--data", type=Path, help=data)
     add("--steps", type=positive, default=600)

@@ -15,10 +15,13 @@ from fastattn.models import (
     TransformerConfig,
     cross_entropy,
 )
-from fastattn.models.transformer import IGNORE, KVCache, Sampler, sinusoidal_positions
+from fastattn.models.generation import Decoding, Sampler
+from fastattn.models.kernels import KERNELS
+from fastattn.models.transformer import IGNORE, KVCache, sinusoidal_positions
 
 VOCAB = 53
 NORMS = ("pre", "post")
+KINDS = ("fused", "naive", "torch")
 # The error of a whole model: a few hundred roundings, and gradients of order 0.1 and below.
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-14}
 
@@ -45,8 +48,8 @@ def build(model, seed=0, dtype=torch.float32, **fields):
     return model
 
 
-def pair(model, dtype=torch.float32, **fields):
-    return [build(model, dtype=dtype, attention=kind, **fields) for kind in ("fused", "naive")]
+def each_kind(model, dtype=torch.float32, **fields):
+    return [build(model, dtype=dtype, attention=kind, **fields) for kind in KINDS]
 
 
 def tokens(*shape, seed=2):
@@ -61,7 +64,7 @@ def left_padding(lengths, width):
     return right_padding(lengths, width).flip(1)
 
 
-# ---- fused equals naive
+# ---- fused equals naive, and torch's own
 
 
 def language_model_outputs(model, mask):
@@ -100,41 +103,43 @@ MASKS = {"none": None, "right": [17, 9, 1], "left": [17, 9, 0]}
 @pytest.mark.parametrize("masked", MASKS)
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_fused_and_naive_agree(family, norm, masked, dtype):
+def test_all_kernels_agree(family, norm, masked, dtype):
     model, outputs = FAMILIES[family]
     mask = None
     if MASKS[masked] is not None:
         mask = (left_padding if masked == "left" else right_padding)(MASKS[masked], 17)
-    models = pair(model, dtype=dtype, norm=norm, n_kv_heads=2)
+    models = each_kind(model, dtype=dtype, norm=norm, n_kv_heads=2)
     results = []
     for m in models:
         out, loss = outputs(m, mask)
         loss.backward()
         results.append((out, loss, {name: p.grad for name, p in m.named_parameters()}))
-    (out, loss, grads), (naive_out, naive_loss, naive_grads) = results
+    fused, naive, torchs = results
     close = {"rtol": 10 * TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
-    assert math.isfinite(loss.item())
-    torch.testing.assert_close(out, naive_out, **close)
-    torch.testing.assert_close(loss, naive_loss, **close)
-    assert grads.keys() == naive_grads.keys()
-    for name, grad in grads.items():
-        assert grad is not None and grad.isfinite().all(), name
-        torch.testing.assert_close(grad, naive_grads[name], **close)
+    for out, loss, grads in (fused, torchs):
+        assert math.isfinite(loss.item())
+        torch.testing.assert_close(out, naive[0], **close)
+        torch.testing.assert_close(loss, naive[1], **close)
+        assert grads.keys() == naive[2].keys()
+        for name, grad in grads.items():
+            assert grad is not None and grad.isfinite().all(), name
+            torch.testing.assert_close(grad, naive[2][name], **close)
 
 
 @pytest.mark.parametrize("positions", ["learned", "sinusoidal"])
 @pytest.mark.parametrize("n_kv_heads", [None, 1])
 @pytest.mark.parametrize("bias", [True, False])
-def test_fused_and_naive_agree_whatever_the_options(positions, n_kv_heads, bias):
+def test_all_kernels_agree_whatever_the_options(positions, n_kv_heads, bias):
     options = {"positions": positions, "n_kv_heads": n_kv_heads, "bias": bias, "tie_weights": bias}
-    fused, naive = pair(LanguageModel, **options)
+    fused, naive, torchs = each_kind(LanguageModel, **options)
     x = tokens(2, 48)
     torch.testing.assert_close(fused(x), naive(x), rtol=2e-5, atol=2e-6)
+    torch.testing.assert_close(torchs(x), naive(x), rtol=2e-5, atol=2e-6)
 
 
 def test_naive_is_the_formula_of_torch():
     """The naive layer norm and attention against torch's own, so that both cannot be wrong."""
-    from fastattn.models.transformer import naive_add_layer_norm, naive_attention
+    from fastattn.models.kernels import naive_add_layer_norm, naive_attention
 
     q, k, v = torch.randn(3, 2, 4, 9, 8, dtype=torch.float64).unbind()
     mask = torch.rand(2, 1, 1, 9) > 0.4
@@ -176,7 +181,7 @@ def test_a_stack_is_the_textbook_recurrence(norm):
 def test_bfloat16_autocast_agrees_to_its_accuracy():
     x = tokens(2, 33)
     exact = build(LanguageModel, attention="naive")(x)
-    for model in pair(LanguageModel):
+    for model in each_kind(LanguageModel):
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(x)
         assert (logits - exact).abs().mean() < 0.02 * exact.abs().mean()
@@ -185,7 +190,7 @@ def test_bfloat16_autocast_agrees_to_its_accuracy():
 # ---- what sees what
 
 
-@pytest.mark.parametrize("kind", ["fused", "naive"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("norm", NORMS)
 def test_no_token_sees_the_future(kind, norm):
     model = build(LanguageModel, attention=kind, norm=norm)
@@ -199,7 +204,7 @@ def test_no_token_sees_the_future(kind, norm):
         assert (after[:, t] - logits[:, t]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["fused", "naive"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_encoder_tokens_see_both_ways(kind):
     model = build(Encoder, attention=kind)
     x = tokens(1, 24)
@@ -209,7 +214,7 @@ def test_encoder_tokens_see_both_ways(kind):
     assert (moved > 1e-5).all()
 
 
-@pytest.mark.parametrize("kind", ["fused", "naive"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_padding_changes_nothing(kind):
     """What stands in the padding does not matter, and a padded row equals itself unpadded."""
     source, target = tokens(2, 15), tokens(2, 9, seed=5)
@@ -277,6 +282,13 @@ def test_initial_weights():
 
 
 @pytest.mark.parametrize("model", [LanguageModel, EncoderDecoder])
+def test_the_prediction_has_a_bias_where_its_weight_is_its_own(model):
+    assert model(config()).head.bias is None
+    assert model(config(tie_weights=False, bias=False)).head.bias is None
+    assert model(config(tie_weights=False)).head.bias.tolist() == [0.0] * VOCAB
+
+
+@pytest.mark.parametrize("model", [LanguageModel, EncoderDecoder])
 def test_state_dict_round_trip(model, tmp_path):
     first, second = build(model, attention="fused"), build(model, seed=1, attention="naive")
     inputs = (tokens(2, 9),) if model is LanguageModel else (tokens(2, 9), tokens(2, 5))
@@ -287,7 +299,7 @@ def test_state_dict_round_trip(model, tmp_path):
         assert second.head.weight is second.decoder.embedding.token.weight
 
 
-@pytest.mark.parametrize("kind", ["fused", "naive"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_dropout_is_in_training_only_and_seeded(kind):
     model, x = build(LanguageModel, attention=kind, dropout=0.3), tokens(2, 16)
     draws = []
@@ -319,7 +331,7 @@ def greedy_from_scratch(model, x, n):
     return x
 
 
-@pytest.mark.parametrize("kind", ["fused", "naive"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("positions", ["learned", "sinusoidal"])
 def test_cached_greedy_generation_is_the_recomputed_one(kind, norm, positions):
@@ -333,7 +345,7 @@ def test_cached_greedy_generation_is_the_recomputed_one(kind, norm, positions):
     assert torch.equal(model.generate(prompt, 40, temperature=0, use_cache=False), expected)
 
 
-@pytest.mark.parametrize("kind", ["fused", "naive"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_cached_encoder_decoder_generation_is_the_recomputed_one(kind):
     model = build(EncoderDecoder, attention=kind).eval()
     source, mask = tokens(2, 13), right_padding([13, 6], 13)
@@ -348,7 +360,7 @@ def test_cached_encoder_decoder_generation_is_the_recomputed_one(kind):
     assert torch.equal(alone[0], expected[1])
 
 
-@pytest.mark.parametrize("kind", ["fused", "naive"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_prompts_of_unequal_length(kind):
     model = build(LanguageModel, attention=kind)
     long, short = tokens(1, 9), tokens(1, 4, seed=3)
@@ -386,17 +398,17 @@ def test_stop_tokens():
 
 def draw(logits, **options):
     """The tokens that 2,000 draws choose, with their frequencies."""
-    sampler = Sampler(config(vocab_size=len(logits)), seed=0, **options)
+    sampler = Sampler(Decoding(seed=0, **options))
     chosen = sampler(torch.tensor(logits).expand(2000, -1))
     return torch.bincount(chosen, minlength=len(logits)) / 2000
 
 
-@pytest.mark.parametrize("kind", ["fused", "naive"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_sampling_follows_the_distribution(kind):
     logits = [1.0, 3.0, 2.0, -1.0, 0.0]
     frequencies = []
     for temperature in (1.0, 0.5):
-        sampler = Sampler(config(attention=kind), temperature=temperature, seed=0)
+        sampler = Sampler(Decoding(temperature=temperature, seed=0), KERNELS[kind].softmax)
         chosen = sampler(torch.tensor(logits).expand(20000, -1))
         frequency = torch.bincount(chosen, minlength=5) / 20000
         expected = (torch.tensor(logits) / temperature).softmax(-1)
@@ -460,13 +472,156 @@ def test_generation_leaves_training_as_it_was():
     assert torch.equal(model.generate(prompt, 0), prompt)
 
 
+def test_tokens_stream_as_they_are_made():
+    model, prompt = build(LanguageModel, tie_weights=False), tokens(3, 5)
+    free = model.generate(prompt, 20, seed=0)
+    for stops in ([], free[:, 9].tolist()):
+        heard = []
+        made = model.generate(prompt, 20, seed=0, stop_tokens=stops, stream=heard.append)
+        assert torch.equal(torch.stack(heard, 1), made[:, 5:])
+    source, heard = tokens(2, 7), []
+    made = build(EncoderDecoder).generate(
+        source, 9, start_token=1, temperature=0, stream=heard.append
+    )
+    assert torch.equal(torch.stack(heard, 1), made[:, 1:])
+
+
+# ---- beam search
+
+
+def next_log_p(model, prefix, source=None):
+    x = torch.tensor([prefix])
+    with torch.no_grad():
+        logits = model(x) if source is None else model(source, x)
+    return logits[0, -1].double().log_softmax(-1).tolist()
+
+
+def all_continuations(model, prompt, stops, longest, source=None):
+    """(log probability, continuation): all that end in a stop token or are as long as allowed."""
+    found, open_ones = [], [(0.0, ())]
+    for _ in range(longest):
+        grown = []
+        for log_p, made in open_ones:
+            following = next_log_p(model, (*prompt, *made), source)
+            grown += [(log_p + more, (*made, token)) for token, more in enumerate(following)]
+        found += [one for one in grown if one[1][-1] in stops]
+        open_ones = [one for one in grown if one[1][-1] not in stops]
+    return found + open_ones
+
+
+def plain_beam_search(model, prompt, stops, longest, beams, length_penalty, source=None):
+    """The same search with lists, one hypothesis at a time, nothing cached."""
+    finished, live = [], [(0.0, ())]
+    for _ in range(longest):
+        grown = []
+        for log_p, made in live:
+            following = next_log_p(model, (*prompt, *made), source)
+            grown += [(log_p + more, (*made, token)) for token, more in enumerate(following)]
+        grown.sort(reverse=True)
+        finished += [one for one in grown[:beams] if one[1][-1] in stops]
+        live = [one for one in grown if one[1][-1] not in stops][:beams]
+        if len(finished) >= beams:
+            live = []
+        if not live:
+            break
+    return max(finished + live, key=lambda one: one[0] / len(one[1]) ** length_penalty)[1]
+
+
+def until_stop(made, stops):
+    """What was made, without the repeated stop tokens at its end."""
+    made = made.tolist()
+    ends = [i + 1 for i, token in enumerate(made) if token in stops]
+    return tuple(made[: ends[0]] if ends else made)
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_beams_enough_for_every_sequence_find_the_best(kind, length_penalty):
+    options = {"vocab_size": 4, "attention": kind, "tie_weights": False, "d_model": 16}
+    lengths = set()
+    for seed in range(4):
+        model = build(LanguageModel, seed=seed, **options).eval()
+        prompt = torch.tensor([[0, 1], [2, 2]])
+        search = {"num_beams": 64, "length_penalty": length_penalty, "stop_tokens": [3]}
+        found = model.generate(prompt, 4, **search)
+        for row, made in zip(prompt.tolist(), found[:, 2:], strict=True):
+            every = all_continuations(model, row, [3], 4)
+            best = max(every, key=lambda one: one[0] / len(one[1]) ** length_penalty)
+            assert until_stop(made, [3]) == best[1]
+            assert sum(math.exp(log_p) for log_p, _ in every) == pytest.approx(1.0)
+            lengths.add(len(best[1]))
+    assert lengths - {4} or length_penalty  # the probability alone favours short ones
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("beams, length_penalty", [(2, 1.0), (3, 0.0), (5, 0.6)])
+def test_beam_search_is_the_plain_one(beams, length_penalty, use_cache):
+    """With two stop tokens, and prompts of unequal length that stop at different times."""
+    options = {"vocab_size": 7, "tie_weights": False, "n_kv_heads": 2}
+    model = build(LanguageModel, **options).eval()
+    prompts = [[1, 2, 3, 4, 1], [5, 2], [3, 3, 1, 4], [4]]
+    batch = torch.tensor([[0] * (5 - len(row)) + row for row in prompts])
+    mask = left_padding([len(row) for row in prompts], 5)
+    search = {"num_beams": beams, "length_penalty": length_penalty, "stop_tokens": [0, 6]}
+    found = model.generate(batch, 12, mask=mask, use_cache=use_cache, **search)
+    lengths = set()
+    for prompt, made in zip(prompts, found[:, 5:], strict=True):
+        expected = plain_beam_search(model, prompt, [0, 6], 12, beams, length_penalty)
+        assert until_stop(made, [0, 6]) == expected
+        lengths.add(len(expected))
+        alone = model.generate(torch.tensor([prompt]), 12, use_cache=use_cache, **search)
+        assert tuple(alone[0, len(prompt) :].tolist()) == expected
+    assert len(lengths) > 1 and found.shape[1] == 5 + max(lengths)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_beam_search_of_the_encoder_decoder(kind, use_cache):
+    model = build(EncoderDecoder, vocab_size=9, attention=kind, tie_weights=False).eval()
+    sources = [[1, 2, 3, 4, 5, 6], [7, 2, 1], [8, 8]]
+    batch = torch.tensor([row + [0] * (6 - len(row)) for row in sources])
+    mask = right_padding([len(row) for row in sources], 6)
+    search = {"num_beams": 3, "stop_tokens": [0], "use_cache": use_cache, "start_token": 4}
+    found = model.generate(batch, 10, source_mask=mask, **search)
+    for source, made in zip(sources, found, strict=True):
+        source = torch.tensor([source])
+        expected = plain_beam_search(model, (4,), [0], 10, 3, 1.0, source)
+        assert made[0] == 4 and until_stop(made[1:], [0]) == expected
+
+
+def test_one_beam_is_greedy_and_more_are_likelier():
+    model, prompt = build(LanguageModel, tie_weights=False).eval(), tokens(4, 5)
+
+    def log_p(whole):
+        steps = model(whole[:, :-1]).log_softmax(-1)
+        return steps.gather(-1, whole[:, 1:, None])[:, 4:].sum((1, 2))
+
+    greedy = model.generate(prompt, 12, do_sample=False)
+    assert torch.equal(model.generate(prompt, 12, do_sample=False, num_beams=1), greedy)
+    searched = model.generate(prompt, 12, num_beams=4)
+    assert (log_p(searched) > log_p(greedy) - 1e-4).all()
+    assert (log_p(searched) > log_p(greedy) + 1e-2).any()
+    assert torch.equal(model.generate(prompt, 0, num_beams=4), prompt)
+
+
+def test_a_vocabulary_of_stop_tokens_stops_at_once():
+    model = build(LanguageModel, vocab_size=3, tie_weights=False)
+    found = model.generate(torch.tensor([[0, 1]]), 5, num_beams=4, stop_tokens=[0, 1, 2])
+    assert found.shape == (1, 3)
+    best = model(torch.tensor([[0, 1]]))[0, -1].argmax().item()
+    assert found[0, 2].item() == best
+
+
 # ---- bad input
 
 
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"attention": "flash"}, r"attention must be one of \('fused', 'naive'\), got 'flash'"),
+        (
+            {"attention": "flash"},
+            r"attention must be one of \('fused', 'naive', 'torch'\), got 'flash'",
+        ),
         ({"norm": "middle"}, "norm must be one of"),
         ({"positions": "rotary"}, "positions must be one of"),
         ({"vocab_size": 0}, "vocab_size must be a positive integer, got 0"),
@@ -514,6 +669,10 @@ def test_bad_tokens(inputs, error, message):
         ({"top_k": 0}, "top_k must be an integer of at least 1, got 0"),
         ({"temperature": -1.0}, "temperature must be finite and not negative, got -1.0"),
         ({"temperature": math.nan}, "temperature"),
+        ({"num_beams": 0}, "num_beams must be an integer of at least 1, got 0"),
+        ({"length_penalty": math.inf}, "length_penalty must be a finite number, got inf"),
+        ({"num_beams": 2, "top_p": 0.5}, "draws nothing: num_beams > 1 with top_p"),
+        ({"num_beams": 2, "stream": print}, "no stream"),
         ({"max_new_tokens": 45}, "prompt of 4 tokens and max_new_tokens=45.*max_len 48"),
         ({"max_new_tokens": -1}, "max_new_tokens must be an integer >= 0, got -1"),
         ({"prompt": torch.full((1, 4), VOCAB)}, r"prompt must be in \[0, 53\), got ids from 53"),

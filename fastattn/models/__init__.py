@@ -1,5 +1,6 @@
 """The reference Transformer. Not imported by `import fastattn`."""
 
+from fastattn.models.generation import Decoding
 from fastattn.models.transformer import (
     Decoder,
     Encoder,
@@ -11,6 +12,7 @@ from fastattn.models.transformer import (
 
 __all__ = [
     "Decoder",
+    "Decoding",
     "Encoder",
     "EncoderDecoder",
     "LanguageModel",

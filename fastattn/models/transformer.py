@@ -1,8 +1,9 @@
 """A reference Transformer on fastattn's kernels, whole in one file.
 
-Reading order: the configuration, the two sets of kernels (`attention="fused"` or `"naive"`), the
-building blocks (attention, feed-forward, residual connection, embedding), the stacks (`Encoder`,
-`Decoder`), the models (`LanguageModel`, `EncoderDecoder`), generation.
+Reading order: the configuration, the building blocks (attention, feed-forward, residual connection,
+embedding), the stacks (`Encoder`, `Decoder`), the models (`LanguageModel`, `EncoderDecoder`). Two
+files beside it: `kernels.py`, the fused, naive and torch's own kernels that a model runs on
+(`attention="fused"`, `"naive"`, `"torch"`), and `generation.py`, sampling and beam search.
 
 Shapes: B batch, S sequence, E = d_model, H heads, D = E / H head dim, V vocabulary. A `mask` is a
 boolean (B, S) padding mask, True where there is a real token.
@@ -15,17 +16,23 @@ Ainslie et al. 2023 (arXiv:2305.13245) for grouped key/value heads, Press and Wo
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import fastattn
+from fastattn.models.generation import (
+    Decoding,
+    check_ids,
+    check_length,
+    decode,
+    evaluating,
+    repeat_rows,
+)
+from fastattn.models.kernels import KERNELS
 
 IGNORE = -100  # a target that counts for no loss (padding)
 
@@ -47,7 +54,7 @@ class TransformerConfig:
     dropout: float = 0.0  # on embeddings, attention weights and residual branches
     norm: str = "pre"  # "pre" or "post"
     positions: str = "learned"  # "learned" or "sinusoidal"
-    attention: str = "fused"  # "fused" or "naive": which kernels, for every operation at once
+    attention: str = "fused"  # "fused", "naive" or "torch": whose kernels, for every operation
     bias: bool = True  # in linear layers and layer norms
     tie_weights: bool = True  # one table embeds the tokens and predicts them
 
@@ -93,79 +100,6 @@ class TransformerConfig:
         return self.d_model // self.n_heads
 
 
-# ------------------------------------------------------------------- the kernels, fused and naive
-
-
-def naive_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool = False,
-    bias: Tensor | None = None,
-    dropout_p: float = 0.0,
-) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v as the textbook has it, with the whole (Sq, Sk) matrix in memory.
-
-    q (B, H, Sq, D), k and v (B, Hkv, Sk, D), bias a boolean mask, True = attend. `causal` is
-    aligned bottom-right: the last query sees every key.
-    """
-    if (group := q.shape[1] // k.shape[1]) > 1:
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, H, Sq, Sk)
-    keep = bias
-    if causal:
-        queries, keys = scores.shape[-2:]
-        past = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-        keep = past if bias is None else past & bias
-    if keep is not None:
-        scores = scores.masked_fill(~keep, -math.inf)
-    weights = scores.softmax(-1)
-    if bias is not None and keep is not None:  # a query that sees no key gets zeros, not NaN
-        weights = weights.masked_fill(~keep, 0.0)
-    return F.dropout(weights, dropout_p) @ v
-
-
-def naive_layer_norm(
-    x: Tensor, shape: tuple[int], weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5
-) -> Tensor:
-    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension."""
-    centred = x - x.mean(-1, keepdim=True)
-    normed = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + eps)
-    normed = normed if weight is None else normed * weight
-    return normed if bias is None else normed + bias
-
-
-def naive_add_layer_norm(
-    x: Tensor,
-    residual: Tensor,
-    shape: tuple[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float = 1e-5,
-    *,
-    dropout_p: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """The layer norm of residual + dropout(x), and that sum."""
-    total = residual + F.dropout(x, dropout_p)
-    return naive_layer_norm(total, shape, weight, bias, eps), total
-
-
-class Kernels(NamedTuple):
-    attention: Callable[..., Any]
-    layer_norm: Callable[..., Any]
-    add_layer_norm: Callable[..., Any]
-    softmax: Callable[..., Any]
-
-
-KERNELS = {
-    "fused": Kernels(
-        fastattn.attention, fastattn.layer_norm, fastattn.add_layer_norm, fastattn.softmax
-    ),
-    "naive": Kernels(naive_attention, naive_layer_norm, naive_add_layer_norm, torch.softmax),
-}
-
-
 # ------------------------------------------------------------------------------ building blocks
 
 
@@ -193,6 +127,16 @@ class KVCache:
         self.keys[:, :, start : self.length] = keys
         self.values[:, :, start : self.length] = values
         return self.filled()
+
+    def select(self, rows: Tensor) -> None:
+        """Hold these rows of the batch from here on, in this order; a row may come again."""
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = self.keys[rows], self.values[rows]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the buffers, filled or not."""
+        return sum(t.nbytes for t in (self.keys, self.values) if t is not None)
 
     def filled(self) -> tuple[Tensor, Tensor]:
         assert self.keys is not None and self.values is not None, "nothing was appended yet"
@@ -502,15 +446,21 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0
     )
 
 
+def prediction(config: TransformerConfig) -> nn.Linear:
+    """The layer from hidden states to logits. A model that ties its weight replaces that."""
+    head = nn.Linear(config.d_model, config.vocab_size, bias=config.bias and not config.tie_weights)
+    initialise(head)
+    return head
+
+
 class LanguageModel(nn.Module):
-    """Decoder-only: P(w_t | w_1 .. w_t-1) = softmax(h_t W)."""
+    """Decoder-only: P(w_t | w_1 .. w_t-1) = softmax(h_t W + b), with no b where W is tied."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.config = config
         self.decoder = Decoder(config)
-        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self.head.apply(initialise)
+        self.head = prediction(config)
         if config.tie_weights:
             self.head.weight = self.decoder.embedding.token.weight
 
@@ -520,45 +470,34 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self,
-        prompt: Tensor,
-        max_new_tokens: int,
-        *,
-        mask: Tensor | None = None,
-        do_sample: bool = True,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        stop_tokens: Iterable[int] = (),
-        seed: int | None = None,
-        use_cache: bool = True,
+        self, prompt: Tensor, max_new_tokens: int, *, mask: Tensor | None = None, **options: Any
     ) -> Tensor:
         """The prompt (B, P) and up to max_new_tokens more, (B, <= P + max_new_tokens).
 
-        Prompts of unequal length are padded on the left, with `mask` (B, P) False there. Greedy
-        with do_sample=False or temperature=0; otherwise see `Sampler`. A row that makes one of
-        `stop_tokens` repeats it from there on; when every row has, generation ends. With a `seed`
-        the same call gives the same tokens, without one it draws from torch's generator.
-        `use_cache=False` runs the whole sequence again for each token (slow; gives the same).
-        ValueError for a prompt that is empty, has ids outside the vocabulary or, with its
-        continuation, is longer than max_len.
+        `options` are the fields of `generation.Decoding`: do_sample, temperature, top_k, top_p,
+        seed, num_beams, length_penalty, stop_tokens, use_cache, stream. Prompts of unequal length
+        are padded on the left, with `mask` (B, P) False there. ValueError for a prompt that is
+        empty, has ids outside the vocabulary or, with its continuation, is longer than max_len.
         """
-        check_generation(prompt, max_new_tokens, self.config)
-        sampler = Sampler(self.config, do_sample, temperature, top_k, top_p, seed, prompt.device)
+        decoding = Decoding(**options)
+        check_tokens(prompt, self.config)
+        check_ids("prompt", prompt, self.config)
+        check_length(prompt, max_new_tokens, self.config)
         check_mask("mask", mask, *prompt.shape)
         total = prompt.shape[1] + max_new_tokens
         if mask is not None:  # what is generated is never padding
             if not mask[:, -1].all():
                 raise ValueError("prompts must be padded on the left: mask[:, -1] has a False")
             mask = F.pad(mask, (0, max_new_tokens), value=True)
-        cache = self.decoder.new_cache(total) if use_cache else None
+        cache = self.decoder.new_cache(total) if decoding.use_cache else None
 
         def next_logits(tokens: Tensor, length: int) -> Tensor:
-            seen = None if mask is None else mask[:, :length]
+            seen = None if mask is None else repeat_rows(mask[:, :length], len(tokens))
             return self.head(self.decoder(tokens, seen, cache=cache)[:, -1])
 
+        softmax = KERNELS[self.config.attention].softmax
         with evaluating(self):
-            return decode(next_logits, prompt, max_new_tokens, sampler, stop_tokens, use_cache)
+            return decode(next_logits, prompt, max_new_tokens, decoding, softmax, cache)
 
 
 class EncoderDecoder(nn.Module):
@@ -569,8 +508,7 @@ class EncoderDecoder(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config, cross=True)
-        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self.head.apply(initialise)
+        self.head = prediction(config)
         if config.tie_weights:
             self.encoder.embedding.token.weight = self.decoder.embedding.token.weight
             self.head.weight = self.decoder.embedding.token.weight
@@ -589,146 +527,34 @@ class EncoderDecoder(nn.Module):
     @torch.no_grad()
     def generate(
         self,
-        source: Tensor,
+        source: Tensor,  # (B, M)
         max_new_tokens: int,
         *,
         start_token: int,
-        source_mask: Tensor | None = None,
-        do_sample: bool = True,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        stop_tokens: Iterable[int] = (),
-        seed: int | None = None,
-        use_cache: bool = True,
+        source_mask: Tensor | None = None,  # (B, M)
+        **options: Any,
     ) -> Tensor:
-        """start_token and up to max_new_tokens more, (B, <= 1 + max_new_tokens), for a source
-        (B, M). The encoder runs once, and its keys and values are cached; everything else is as in
+        """start_token and up to max_new_tokens more, (B, <= 1 + max_new_tokens), for a source. The
+        encoder runs once, and its keys and values are cached; everything else is as in
         `LanguageModel.generate`.
         """
+        decoding = Decoding(**options)
         check_tokens(source, self.config)
         check_ids("source", source, self.config)
-        sampler = Sampler(self.config, do_sample, temperature, top_k, top_p, seed, source.device)
         start = source.new_full((source.shape[0], 1), start_token)
-        check_generation(start, max_new_tokens, self.config, "start_token")
+        check_ids("start_token", start, self.config)
+        check_length(start, max_new_tokens, self.config)
         cache = None
-        if use_cache:
+        if decoding.use_cache:
             cache = self.decoder.new_cache(1 + max_new_tokens, source.shape[1])
+        softmax = KERNELS[self.config.attention].softmax
         with evaluating(self):
             memory = self.encoder(source, source_mask)
 
             def next_logits(tokens: Tensor, length: int) -> Tensor:
-                hidden = self.decoder(tokens, None, memory, source_mask, cache)
+                rows = len(tokens)
+                seen = None if source_mask is None else repeat_rows(source_mask, rows)
+                hidden = self.decoder(tokens, None, repeat_rows(memory, rows), seen, cache)
                 return self.head(hidden[:, -1])
 
-            return decode(next_logits, start, max_new_tokens, sampler, stop_tokens, use_cache)
-
-
-# ----------------------------------------------------------------------------------- generation
-
-
-class Sampler:
-    """Chooses the next token from its logits (B, V).
-
-    Greedy: the most likely one. Otherwise a draw from softmax(logits / temperature), kept to the
-    `top_k` most likely tokens (Fan et al. 2018), then to the smallest set of them that holds at
-    least `top_p` of the probability (nucleus sampling, Holtzman et al. 2020, arXiv:1904.09751).
-    """
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        do_sample: bool = True,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-        device: torch.device | str = "cpu",
-    ):
-        if not isinstance(temperature, (int, float)) or not 0.0 <= temperature < math.inf:
-            raise ValueError(f"temperature must be finite and not negative, got {temperature!r}")
-        if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
-            raise ValueError(f"top_k must be an integer of at least 1, got {top_k!r}")
-        if top_p is not None and (not isinstance(top_p, (int, float)) or not 0.0 < top_p <= 1.0):
-            raise ValueError(f"top_p must be in (0, 1], got {top_p!r}")
-        if seed is not None and not isinstance(seed, int):
-            raise ValueError(f"seed must be None or an integer, got {seed!r}")
-        self.softmax = KERNELS[config.attention].softmax
-        self.greedy = not do_sample or temperature == 0.0
-        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
-        self.generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        """(B, V) -> (B,)"""
-        if self.greedy:
-            return logits.argmax(-1)
-        kept = min(self.top_k or logits.shape[-1], logits.shape[-1])
-        logits, tokens = logits.float().topk(kept)  # most likely first
-        # the maximum goes before the division, so that a tiny temperature cannot overflow
-        p = self.softmax((logits - logits[:, :1]) / self.temperature, -1)
-        if self.top_p is not None:
-            p = p.masked_fill(p.cumsum(-1) - p >= self.top_p, 0.0)  # multinomial renormalises
-        choice = torch.multinomial(p, 1, generator=self.generator)
-        return tokens.gather(-1, choice)[:, 0]
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switches dropout off for a while, and back on if it was."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
-def decode(
-    next_logits: Callable[[Tensor, int], Tensor],
-    prompt: Tensor,
-    max_new_tokens: int,
-    choose: Sampler,
-    stop_tokens: Iterable[int],
-    use_cache: bool,
-) -> Tensor:
-    """Add one token after the other to the prompt (B, P). next_logits(tokens, length) gives those
-    that follow the first `length` tokens, of which `tokens` are what no cache holds yet.
-    """
-    batch, prompted = prompt.shape
-    output = prompt.new_empty(batch, prompted + max_new_tokens)
-    output[:, :prompted] = prompt
-    stops = torch.tensor(list(stop_tokens), dtype=prompt.dtype, device=prompt.device)
-    stopped = torch.zeros(batch, dtype=torch.bool, device=prompt.device)
-    fed = 0
-    for length in range(prompted, prompted + max_new_tokens):
-        chosen = choose(next_logits(output[:, fed:length], length))
-        output[:, length] = torch.where(stopped, output[:, length - 1], chosen)
-        fed = length if use_cache else 0
-        if stops.numel():
-            stopped |= torch.isin(output[:, length], stops)
-            if stopped.all():
-                return output[:, : length + 1]
-    return output
-
-
-def check_ids(name: str, tokens: Tensor, config: TransformerConfig) -> None:
-    """Reads every id, so it is for once a generation, not once a step."""
-    if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < config.vocab_size:
-        raise ValueError(
-            f"{name} must be in [0, {config.vocab_size}), "
-            f"got ids from {int(tokens.min())} to {int(tokens.max())}"
-        )
-
-
-def check_generation(
-    prompt: Tensor, max_new_tokens: int, config: TransformerConfig, name: str = "prompt"
-) -> None:
-    check_tokens(prompt, config)
-    check_ids(name, prompt, config)
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be an integer >= 0, got {max_new_tokens!r}")
-    if prompt.shape[1] + max_new_tokens > config.max_len:
-        raise ValueError(
-            f"a prompt of {prompt.shape[1]} tokens and max_new_tokens={max_new_tokens} are "
-            f"more than max_len {config.max_len}"
-        )
+            return decode(next_logits, start, max_new_tokens, decoding, softmax, cache)
