@@ -38,14 +38,13 @@ class Diverged(ArithmeticError):
 NEUTRAL = {"quick", "data", "device", "out", "resume", "save_every"}
 
 
-TEXT = "a text file or a folder of them, in place of what Python brings"
+DATA_HELP = "a text file or a folder of them, in place of what Python brings"
 
 
 def arguments(
-    description: str, *, out: str, data: str = TEXT, **defaults: Any
+    description: str, *, out: str, data_help: str = DATA_HELP, **defaults: Any
 ) -> argparse.ArgumentParser:
     """The arguments that every training script has, with `defaults` of the script's own for them.
-    `data` says what --data is.
 
     A script adds its own with `parser.add_argument`, and names what --quick changes with
     `parser.set_defaults(quick_defaults={...})`.
@@ -54,7 +53,7 @@ def arguments(
     add = parser.add_argument
     add("--attention", choices=("fused", "naive", "torch", "both"), default="fused")
     add("--quick", action="store_true", help="fused and naive side by side, in under a minute")
-    add("--data", type=Path, help=data)
+    add("--data", type=Path, help=data_help)
     add("--steps", type=positive, default=600)
     add("--batch", type=positive, default=8, help="sequences a step")
     add("--d-model", type=positive, default=128)
