@@ -341,7 +341,10 @@ def catalogue_messages(file: Path) -> Iterator[tuple[str, str]]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {file}: {error}") from error
     for entry in entries:
-        if not entry.translated():  # nor is what its author calls fuzzy
+        # a compiled catalogue has no comments and nothing that its author calls fuzzy
+        comment, fuzzy = getattr(entry, "comment", ""), getattr(entry, "fuzzy", False)
+        default = re.search(r'Default:\s*"(.*)"', comment, re.DOTALL)
+        if entry.obsolete or fuzzy:
             continue
         if entry.msgid_plural:
             forms = [entry.msgstr_plural[i] for i in sorted(entry.msgstr_plural)]
@@ -349,7 +352,6 @@ def catalogue_messages(file: Path) -> Iterator[tuple[str, str]]:
             if len(forms) > 1:
                 yield entry.msgid, forms[0]
         else:
-            default = re.search(r'Default:\s*"(.*)"', entry.comment, re.DOTALL)
             yield default.group(1) if default else entry.msgid, entry.msgstr
 
 
