@@ -157,14 +157,14 @@ def random_batch(pairs: Sequence[TokenPair], seed: int, step: int, batch: int) -
     """
     pool, place = divmod(step, POOL)
     rows = random_rows(len(pairs), seed, pool, POOL * batch)
-    rows.sort(key=lambda row: (len(pairs[row].target), len(pairs[row].source)))
+    rows.sort(key=lambda row: sum(map(len, pairs[row])))
     place = int(torch.randperm(POOL, generator=step_generator(seed, pool))[place])
     return make_batch([pairs[row] for row in rows[place * batch : (place + 1) * batch]])
 
 
 def even_batches(pairs: Sequence[TokenPair]) -> list[Batch]:
     """All pairs, once, those of about one length together."""
-    ordered = sorted(pairs, key=lambda pair: len(pair.target))
+    ordered = sorted(pairs, key=lambda pair: sum(map(len, pair)))
     size = SCORED_TOGETHER
     return [make_batch(ordered[i : i + size]) for i in range(0, len(ordered), size)]
 

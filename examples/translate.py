@@ -33,14 +33,16 @@ PACKAGES = ["plone.app.locales", "django"]
 
 
 def parser() -> argparse.ArgumentParser:
-    defaults = {"out": "runs/translate", "steps": 3600, "batch": 32, "lr": 4e-3}
+    defaults = {"out": "runs/translate", "steps": 5000, "batch": 32, "lr": 3e-3}
     model = {"layers": 2, "heads": 4, "dropout": 0.2, "longest_source": 64, "longest_target": 64}
     parser = pair_arguments(__doc__, **defaults, **model)
     add = parser.add_argument
     packages = " and ".join(PACKAGES)
     add("--package", action="append", help=f"whose catalogues to read; repeatable [{packages}]")
     add("--language", default="es", help="to translate to, as the package calls it [es]")
-    parser.set_defaults(quick_defaults={"attention": "both", "steps": 240, "held_out": 100})
+    parser.set_defaults(
+        quick_defaults={"attention": "both", "steps": 300, "dropout": 0.0, "held_out": 100}
+    )
     return parser
 
 
