@@ -1,6 +1,6 @@
 """Train an encoder-decoder to summarise: from the text of a docstring to its first line.
 
-    python examples/summarise.py                         # docstrings of Python's standard library
+    python examples/summarise.py                         # docstrings of Python's library; 3 minutes
     python examples/summarise.py --data pairs.tsv        # your own: text, tab, summary
     python examples/summarise.py --attention both        # fused and naive side by side
     python examples/summarise.py ... --resume            # go on after a kill
