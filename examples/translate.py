@@ -1,6 +1,6 @@
 """Train an encoder-decoder to translate, on what software says to its users in two languages.
 
-    python examples/translate.py                         # English to Spanish; 2 minutes on two cores
+    python examples/translate.py                         # English to Spanish; about 2 minutes
     python examples/translate.py --language nl           # or what the packages have besides
     python examples/translate.py --package django        # the catalogues of this package only
     python examples/translate.py --data pairs.tsv        # your own: source, tab, target
