@@ -5,11 +5,13 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+import html
 import inspect
 import random
 import re
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -300,3 +302,170 @@ def even_windows(tokens: Tensor, most: int, context: int) -> tuple[Tensor, Tenso
     count = min(most, (len(tokens) - 1) // context)
     starts = torch.arange(count) * ((len(tokens) - 1) // count)
     return windows(tokens, starts, context)
+
+
+# ------------------------------------------------------------------------------ pairs of texts
+
+
+class Pair(NamedTuple):
+    """What an encoder-decoder learns from: a text, and what is to become of it."""
+
+    source: str
+    target: str
+
+
+def read_pairs(path: Path) -> list[Pair]:
+    """The pairs of a text file, one a line: source, tab, target. White space is cleaned, what is
+    empty on either side or was there before is left out.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise DataError(f"--data {path}: there is no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--data {path}: {error}") from error
+    found: dict[Pair, None] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if line.count("\t") != 1:
+            raise DataError(
+                f"{path}, line {number}: expected a source, a tab and a target, "
+                f"got {line.count(chr(9))} tabs"
+            )
+        pair = Pair(*map(clean, line.split("\t")))
+        if pair.source and pair.target:
+            found[pair] = None
+    if not found:
+        raise DataError(f"--data {path} has no pairs in it")
+    return list(found)
+
+
+def split_pairs(
+    pairs: Sequence[Pair], held_out: float, seed: int = 0
+) -> tuple[list[Pair], list[Pair]]:
+    """(training, held-out) pairs: no source is on both sides, be it in another case or with other
+    punctuation, and none is held out twice.
+    """
+    groups: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        groups.setdefault(normalised(pair.source), []).append(pair)
+    training, kept = split(list(groups.values()), held_out, seed)
+    return [pair for group in training for pair in group], [group[0] for group in kept]
+
+
+def normalised(text: str) -> str:
+    """The words of a text, in lower case; of one without words, the text."""
+    return " ".join(re.findall(r"\w+", text.casefold())) or text
+
+
+def catalogue_pairs(packages: Sequence[str], language: str) -> list[Pair]:
+    """English messages and their translation to a language ("de", "pt_BR"), as the gettext
+    catalogues of installed packages (by import name) have them, cleaned, each source once.
+
+    DataError where a package is not installed, has no catalogues, or has none of the language.
+    """
+    found: dict[str, str] = {}
+    for package in packages:
+        catalogues = find_catalogues(package)
+        by_name = {name.lower(): files for name, files in catalogues.items()}
+        files = by_name.get(language.lower().replace("-", "_"))
+        if files is None:
+            raise DataError(
+                f"{package} has no translations to {language!r}, but to {', '.join(catalogues)}"
+            )
+        for file in files:
+            for source, target in catalogue_messages(file):
+                pair = clean_message(source, target)
+                if pair is not None:
+                    found.setdefault(pair.source, pair.target)
+    return [Pair(*item) for item in found.items()]
+
+
+def find_catalogues(package: str) -> dict[str, list[Path]]:
+    """language -> the catalogues of an installed package; of one that is there both as text (.po)
+    and compiled (.mo), the text, which alone has the comments.
+    """
+    try:
+        spec = find_spec(package)
+    except (ImportError, ValueError):  # a package that it would be in is not there, or no name
+        spec = None
+    if spec is None:
+        raise DataError(f"--package {package}: not installed; try `pip install {package}`")
+    found: dict[str, dict[Path, Path]] = {}
+    for root in map(Path, spec.submodule_search_locations or ()):
+        for ending in ("mo", "po"):
+            for file in sorted(root.rglob(f"*/LC_MESSAGES/*.{ending}")):
+                found.setdefault(file.parent.parent.name, {})[file.with_suffix("")] = file
+    if not found:
+        raise DataError(
+            f"--package {package} has no translation catalogues (LC_MESSAGES/*.po, .mo)"
+        )
+    return {language: list(found[language].values()) for language in sorted(found)}
+
+
+def catalogue_messages(file: Path) -> Iterator[tuple[str, str]]:
+    """(English, translation) of what is translated in a catalogue, as it is written there.
+
+    Where the message id is a key ("label_save"), its English is in the comment `Default: "Save"`.
+    Of plural forms, the first goes with the English singular and the last with the plural.
+    """
+    import polib
+
+    read = polib.pofile if file.suffix == ".po" else polib.mofile
+    try:
+        entries = read(str(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {file}: {error}") from error
+    for entry in entries:
+        # a compiled catalogue has no comments and nothing that its author calls fuzzy
+        comment, fuzzy = getattr(entry, "comment", ""), getattr(entry, "fuzzy", False)
+        default = re.search(r'Default:\s*"(.*)"', comment, re.DOTALL)
+        if entry.obsolete or fuzzy:
+            continue
+        if entry.msgid_plural:
+            forms = [entry.msgstr_plural[i] for i in sorted(entry.msgstr_plural)]
+            yield entry.msgid_plural, forms[-1]
+            if len(forms) > 1:
+                yield entry.msgid, forms[0]
+        else:
+            yield default.group(1) if default else entry.msgid, entry.msgstr
+
+
+PLACEHOLDER = re.compile(
+    r"%\((?P<percent>\w+)\)[-#0+ ]*[\d.]*[a-zA-Z]"  # %(name)s
+    r"|\$\{(?P<dollar>[\w.]+)\}"  # ${name}
+    r"|\{(?P<brace>\w*)[^{}]*\}"  # {name}, {0:>5}
+    r"|%[-#0+]*[\d.]*[sdirfgx](?!\w)"  # %s, %5.2f
+)
+TAG = re.compile(r"</?[a-zA-Z][^<>]*>")
+KEY = re.compile(r"[a-z0-9]+([_.:-][a-z0-9]+)+", re.IGNORECASE)
+
+
+def clean_message(source: str, target: str) -> Pair | None:
+    """The pair without markup and with placeholders numbered, so that what programmers called them
+    need not be learned: "%(user)s has %(n)d" -> "⟨1⟩ has ⟨2⟩". None where nothing can be learned:
+    no words, a key that nothing says the English of, no translation, or one whose placeholders are
+    not the source's.
+    """
+    numbers: dict[str, int] = {}
+
+    def number(match: re.Match[str]) -> str:
+        name = match["percent"] or match["dollar"] or match["brace"]
+        if not name:  # placeholders without a name are told by their order
+            unnamed.append(match[0])
+            name = f"%{len(unnamed)}"
+        return f"⟨{numbers.setdefault(name, len(numbers) + 1)}⟩"
+
+    texts = []
+    for text in (source, target):
+        unnamed: list[str] = []
+        text = clean(TAG.sub(" ", html.unescape(text)))
+        texts.append(PLACEHOLDER.sub(number, text).replace("%%", "%"))
+        if len(texts) == 1:
+            of_source = len(numbers)
+            wordless = not re.search(r"[^\W\d_]", PLACEHOLDER.sub("", text))
+    pair = Pair(*texts)
+    if wordless or len(numbers) > of_source or KEY.fullmatch(pair.source):
+        return None
+    return pair if pair.target and pair.source != pair.target else None

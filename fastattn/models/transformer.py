@@ -459,10 +459,12 @@ def check_segments(segments: Tensor | None, tokens: Tensor, config: TransformerC
 # --------------------------------------------------------------------------------------- models
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
     """Mean of -log softmax(logits)[target], in float32 or better; targets of IGNORE do not count.
 
-    logits (B, S, V), targets (B, S). Its exponential is the perplexity.
+    logits (B, S, V), targets (B, S). Its exponential is the perplexity. With label smoothing
+    (Szegedy et al. 2016, arXiv:1512.00567) of e, a target is right with 1 - e and any token of the
+    vocabulary with e / V: (1 - e) * -log p[target] + e * mean over the vocabulary of -log p.
     """
     if logits.shape[:-1] != targets.shape:
         raise ValueError(
@@ -471,7 +473,12 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
         )
     if logits.dtype != torch.float64:
         logits = logits.float()
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten().long(), ignore_index=IGNORE)
+    return F.cross_entropy(
+        logits.flatten(0, -2),
+        targets.flatten().long(),
+        ignore_index=IGNORE,
+        label_smoothing=label_smoothing,
+    )
 
 
 def prediction(config: TransformerConfig) -> nn.Linear:
