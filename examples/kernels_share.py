@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     parser = basic_arguments(__doc__, out="runs/share", quick="shorter timing")
     add = parser.add_argument
     add("--seconds", type=positive_float, default=2.0, help="of timing, for each task [2]")
-    add("--task", action="append", choices=[b.task for b in tasks.BENCHMARKS], help="[all]")
+    add("--task", action="append", choices=sorted({b.task for b in tasks.BENCHMARKS}), help="[all]")
     add("--runs", type=Path, default=Path("runs"), help="where training scripts left theirs [runs]")
     parser.set_defaults(quick_defaults={"seconds": 0.3})
     return parser
@@ -111,7 +111,7 @@ def work(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             result = models.run(benchmark, args.seconds)
         if result.failure:
             raise RuntimeError(f"{benchmark.id}: {result.failure}")
-        measured[benchmark.task] = figures(result)
+        measured[f"{benchmark.task}, {benchmark.batch} x {benchmark.length}"] = figures(result)
     kept = ("loss_difference_max", "step_time_ratio")
     trained = {
         name: {"steps": len(m["loss_difference"]), **{key: m[key] for key in kept}}

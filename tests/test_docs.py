@@ -1,5 +1,6 @@
 """What the README and docs/ show is what happens: Python runs, names and files exist."""
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -50,6 +51,36 @@ def test_fastattn_commands_are_understood(page):
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
+
+
+def names_of(path):
+    """The functions, classes and methods of a file, "Class.method"."""
+    found = set()
+
+    def visit(node, prefix=""):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (ast.FunctionDef, ast.ClassDef)):
+                found.add(prefix + child.name)
+                visit(child, f"{prefix}{child.name}.")
+
+    visit(ast.parse(path.read_text(encoding="utf-8")))
+    return found
+
+
+# Files of examples that are not here yet: the textbook's rows on them wait for them.
+COMING = {"pretrain.py", "bert.py", "translate.py", "summarise.py"}
+
+
+def test_the_textbook_names_what_is_there():
+    text = (ROOT / "docs" / "textbook.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w/]+\.py): ([\w.]+)`", text)
+    assert len(named) > 25
+    for file, name in named:
+        path = ROOT / file
+        if path.exists() or path.name not in COMING:
+            assert name in names_of(path), f"{file} has no {name}"
+    for shown, target in re.findall(r"\[`([\w/]+\.py): [\w.]+`\]\(([^)]+)\)", text):
+        assert target == f"../{shown}"
 
 
 def test_every_public_function_has_its_place_in_the_api():

@@ -2,35 +2,25 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
 
-import fastattn
-
 pytest.importorskip("rich", reason="the examples need fastattn[examples]")
-EXAMPLES = Path(__file__).parent.parent / "examples"
-sys.path.insert(0, str(EXAMPLES))
-import data  # noqa: E402
-import train_lm  # noqa: E402
-import training  # noqa: E402
+from examples_common import (  # noqa: F401, I001
+    error_of,
+    kill_at_first_checkpoint,
+    losses,
+    one_thread,
+)
+
+import data
+import train_lm
+import training
 
 TINY = ["--steps=30", "--batch=2", "--context=32", "--lr=5e-3"]
-TINY += ["--d-model=32", "--layers=2", "--heads=2"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small gain nothing from threads, and lose much where the cores are shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+TINY += ["--d-model=32", "--layers=2", "--heads=2", "--dropout=0", "--tokenizer=byte"]
+TINY += ["--no-baselines"]
 
 
 @pytest.fixture
@@ -45,10 +35,6 @@ def text(tmp_path):
 
 def run(text, out, *extra):
     return train_lm.main([*TINY, "--data", str(text), "--out", str(out), *extra])
-
-
-def losses(metrics, name="fused"):
-    return metrics["runs"][name]["losses"]
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
@@ -68,7 +54,7 @@ def test_fused_and_naive_train_alike_and_learn(text, tmp_path, tokenizer):
     assert metrics["loss_difference_max"] == max(differences)
     assert losses(metrics)[0] > losses(metrics)[-1] + 1.0
     for one in metrics["runs"].values():
-        assert one["perplexity"] < 0.8 * metrics["unigram_perplexity"]
+        assert one["perplexity"] < 0.8 * metrics["counted"]["unigram"]["perplexity"]
         assert math.exp(one["held_out"][-1][1]) == one["perplexity"]
         assert [step for step, _ in one["held_out"]] == [12, 24, 36, 48, 60]
     assert json.loads((out / "metrics.json").read_text())["runs"]["fused"]["losses"] == losses(
@@ -101,24 +87,8 @@ def test_a_killed_run_resumes_to_the_same_losses(text, tmp_path):
     options = ["--dropout", "0.1", "--steps", "60", "--save-every", "3"]
     whole = run(text, tmp_path / "whole", *options)
     out = tmp_path / "killed"
-    command = [sys.executable, str(EXAMPLES / "train_lm.py"), *TINY, "--data", str(text)]
-    paths = [str(Path(fastattn.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
-    process = subprocess.Popen(
-        [*command, "--out", str(out), *options],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-            "OMP_NUM_THREADS": "1",  # sums in the same order
-        },
-        stdout=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 60
-    while not (out / "checkpoint.pt").exists():
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline, "no checkpoint after a minute"
-        time.sleep(0.002)
-    process.kill()
-    assert process.wait() != 0, "the run ended before it could be killed"
+    command = [*TINY, "--data", text, "--out", out, *options]
+    kill_at_first_checkpoint("train_lm.py", command, out / "checkpoint.pt")
     assert not (out / "metrics.json").exists()
 
     (out / "checkpoint.pt.partial").write_bytes(b"half a checkpoint")
@@ -141,22 +111,15 @@ def test_resuming_what_is_finished_or_never_began(text, tmp_path, tokenizer):
     assert losses(again) == losses(first)
 
 
-def error_of(capsys, *arguments):
-    with pytest.raises(SystemExit) as error:
-        train_lm.main([str(a) for a in arguments])
-    assert error.value.code == 2
-    return capsys.readouterr().err.splitlines()[-1]
-
-
 def test_a_checkpoint_of_another_run_is_refused(text, tmp_path, capsys):
     out = tmp_path / "out"
     run(text, out)
     common = [*TINY, "--data", text, "--out", out, "--resume"]
-    assert "lr: 0.005 then, 0.01 now" in error_of(capsys, *common, "--lr", "0.01")
+    assert "lr: 0.005 then, 0.01 now" in error_of(capsys, train_lm.main, *common, "--lr", "0.01")
     text.write_text(text.read_text().replace("seven", "sept"))
-    assert "data: " in error_of(capsys, *common)
+    assert "data: " in error_of(capsys, train_lm.main, *common)
     (out / "checkpoint.pt").write_bytes(b"something else")
-    assert "is not a checkpoint" in error_of(capsys, *common)
+    assert "is not a checkpoint" in error_of(capsys, train_lm.main, *common)
 
 
 def test_bad_data(text, tmp_path, capsys):
@@ -164,22 +127,26 @@ def test_bad_data(text, tmp_path, capsys):
     empty.touch()
     blank.write_text("  \n\n")
     folder.mkdir()
-    assert "no such file or folder" in error_of(capsys, "--data", tmp_path / "missing")
-    assert "has no text" in error_of(capsys, "--data", empty)
-    assert "has no text" in error_of(capsys, "--data", blank)
-    assert "has no text" in error_of(capsys, "--data", folder)
-    assert "shorter context" in error_of(capsys, "--data", text, "--context", 10**6)
-    assert "multiple of n_heads" in error_of(capsys, "--data", text, "--heads", 5)
-    assert "must be positive" in error_of(capsys, "--data", text, "--steps", 0)
-    assert "must be positive" in error_of(capsys, "--data", text, "--lr", "nan")
-    assert "must be positive" in error_of(capsys, "--data", text, "--data-mb", 0)
-    assert "argument --device: abacus" in error_of(capsys, "--data", text, "--device", "abacus")
-    assert f"--out {text}: " in error_of(capsys, "--data", text, "--out", text)
+    assert "no such file or folder" in error_of(
+        capsys, train_lm.main, "--data", tmp_path / "missing"
+    )
+    assert "has no text" in error_of(capsys, train_lm.main, "--data", empty)
+    assert "has no text" in error_of(capsys, train_lm.main, "--data", blank)
+    assert "has no text" in error_of(capsys, train_lm.main, "--data", folder)
+    assert "shorter context" in error_of(capsys, train_lm.main, "--data", text, "--context", 10**6)
+    assert "multiple of n_heads" in error_of(capsys, train_lm.main, "--data", text, "--heads", 5)
+    assert "must be positive" in error_of(capsys, train_lm.main, "--data", text, "--steps", 0)
+    assert "must be positive" in error_of(capsys, train_lm.main, "--data", text, "--lr", "nan")
+    assert "must be positive" in error_of(capsys, train_lm.main, "--data", text, "--data-mb", 0)
+    assert "argument --device: abacus" in error_of(
+        capsys, train_lm.main, "--data", text, "--device", "abacus"
+    )
+    assert f"--out {text}: " in error_of(capsys, train_lm.main, "--data", text, "--out", text)
 
 
 def test_extras_are_missed_before_the_training(text, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(training, "find_spec", lambda name: None)
-    said = error_of(capsys, "--data", text, "--out", tmp_path, "--tokenizer", "bpe")
+    said = error_of(capsys, train_lm.main, "--data", text, "--out", tmp_path, "--tokenizer", "bpe")
     assert "needs matplotlib and tokenizers: pip install 'fastattn[examples]'" in said
 
 
@@ -240,7 +207,7 @@ def test_targets_are_the_inputs_one_token_on():
 
 def test_unigram_baseline():
     counted = torch.tensor([0, 0, 0, 1])  # with one added to each: 4, 2, 1 of 7
-    loss = train_lm.unigram_loss(counted, torch.tensor([[0, 2]]), 3)
+    loss = train_lm.unigram_model(counted, torch.tensor([[0, 2]]), 3)["loss"]
     assert loss == pytest.approx(-(math.log(4 / 7) + math.log(1 / 7)) / 2)
 
 
@@ -249,6 +216,24 @@ def test_learning_rate():
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert rates[10] == 1.0 and rates[10:] == sorted(rates[10:], reverse=True)
     assert 0.1 < rates[-1] < 0.101
+
+
+def test_baselines_stand_beside_the_transformer(text, tmp_path):
+    pytest.importorskip("matplotlib")
+    options = ["--baselines", "--ngram=3", "--steps=20"]
+    metrics = run(text, tmp_path / "out", *options)
+    assert list(metrics["runs"]) == ["fused", "lstm"]
+    assert list(metrics["counted"]) == ["unigram", "ngram"]
+    models = {**metrics["runs"], **metrics["counted"]}
+    for model in models.values():
+        assert 1.0 < model["perplexity"] < 256 and model["training_seconds"] > 0
+        assert model["parameters"] > 0 and model["bits_per_byte"] > 0
+    sizes = [run["parameters"] for run in metrics["runs"].values()]
+    assert max(sizes) < 1.3 * min(sizes)
+    assert models["ngram"]["perplexity"] < models["unigram"]["perplexity"]
+    assert losses(metrics, "lstm")[-1] < losses(metrics, "lstm")[0] - 0.5
+    again = run(text, tmp_path / "out", *options, "--resume")
+    assert again["resumed_at"] == 20 and losses(again, "lstm") == losses(metrics, "lstm")
 
 
 def test_what_is_named_beside_quick_holds():
