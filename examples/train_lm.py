@@ -7,8 +7,8 @@
 
 Beside it, on the same text and tokens: an n-gram model with Kneser-Ney smoothing, which counts all
 of the text, and an LSTM of as many parameters, which sees the same batches (--no-baselines leaves
-them out). Sizes and learning rates are what did best for each within the time: the LSTM wants twice
-the rate and dropout, and more text or fewer steps than the defaults favour the n-grams.
+them out). Learning rate and dropout are what did best for each: the LSTM wants three times the rate
+and twice the dropout. The LSTM learns faster at first; after 1,200 steps the Transformer is ahead.
 
 It writes to --out: metrics.json, loss.png, checkpoint.pt and, with BPE, tokenizer.json. Needs
 `pip install fastattn[examples]`.
@@ -68,15 +68,15 @@ TRAINED_FOR = 150  # steps of a model that is only there to show something
 def parser() -> argparse.ArgumentParser:
     size = {"d_model": 160, "layers": 2, "heads": 5}
     rates = {"lr": 4e-3, "dropout": 0.05}
-    parser = arguments(__doc__, out="runs/lm", steps=3600, batch=16, **size, **rates)
+    parser = arguments(__doc__, out="runs/lm", steps=3300, batch=16, **size, **rates)
     add = parser.add_argument
-    add("--data-mb", type=positive_float, default=2.0, help="read at most so many megabytes [2]")
+    add("--data-mb", type=positive_float, default=3.0, help="read at most so many megabytes [3]")
     add("--tokenizer", choices=("byte", "bpe"), default="bpe")
     add("--vocab", type=positive, default=1024, help="BPE tokens [1024]")
     add("--context", type=positive, default=64, help="tokens a sequence [64]")
     switch = argparse.BooleanOptionalAction
     add("--baselines", action=switch, default=True, help="an n-gram and an LSTM model beside it")
-    add("--ngram", type=positive, default=5, help="order of the n-gram model [5]")
+    add("--ngram", type=positive, default=5, help="order of the Kneser-Ney model [5]")
     add("--lstm-lr", type=positive_float, default=1.2e-2, help="highest learning rate of the LSTM")
     add("--lstm-dropout", type=float, default=0.12, help="of the LSTM [0.12]")
     parser.set_defaults(quick_defaults={"attention": "both", "steps": 240, "baselines": False})
@@ -277,7 +277,7 @@ def work(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     prompt, continuation = sample(runs[0], tokenizer, held_out, args)
     metrics["sample"] = {"prompt": prompt, "continuation": continuation}
     title = f"Language model, {args.dtype}"
-    names = {"unigram": "unigram", "ngram": f"{args.ngram}-gram, Kneser-Ney", "lstm": "LSTM"}
+    names = {"unigram": "unigram", "ngram": f"{args.ngram}-gram", "lstm": "LSTM"}
     levels = {names[name]: model["loss"] for name, model in counted.items()}
     plot_losses(args.out / "loss.png", runs, levels, title)
     show(console, metrics, names)

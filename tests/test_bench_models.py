@@ -112,7 +112,7 @@ def test_fork_each_says_who_failed(capfd):
 
 
 def test_choose_filters():
-    assert {b.op for b in models.choose(full=True)} == {"transformer", "gpt2"}
+    assert {b.op for b in models.choose(full=True)} == {"transformer", "task", "gpt2"}
     assert all(b.op == "gpt2" for b in models.choose(full=True, op="gpt2"))
     assert not models.choose(dtype="bfloat16")
     assert [b.id for b in models.choose(pattern="gpt2*s1024*step")] == [

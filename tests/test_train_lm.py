@@ -134,7 +134,7 @@ def test_bad_data(text, tmp_path, capsys):
     assert "has no text" in error_of(capsys, train_lm.main, "--data", blank)
     assert "has no text" in error_of(capsys, train_lm.main, "--data", folder)
     assert "shorter context" in error_of(capsys, train_lm.main, "--data", text, "--context", 10**6)
-    assert "multiple of n_heads" in error_of(capsys, train_lm.main, "--data", text, "--heads", 5)
+    assert "multiple of n_heads" in error_of(capsys, train_lm.main, "--data", text, "--heads", 7)
     assert "must be positive" in error_of(capsys, train_lm.main, "--data", text, "--steps", 0)
     assert "must be positive" in error_of(capsys, train_lm.main, "--data", text, "--lr", "nan")
     assert "must be positive" in error_of(capsys, train_lm.main, "--data", text, "--data-mb", 0)
