@@ -223,6 +223,8 @@ class BPETokenizer:
         """From the file that a training script left."""
         from tokenizers import Tokenizer
 
+        if not path.exists():
+            raise DataError(f"there is no {path}: it is written beside the checkpoint")
         try:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # what tokenizers raises has no class of its own

@@ -198,5 +198,5 @@ def test_a_saved_tokenizer_is_the_same(tmp_path):
     loaded = data.BPETokenizer.load(tmp_path / "tokenizer.json")
     assert torch.equal(loaded.encode(text), tokenizer.encode(text))
     assert loaded.encode(text).min() >= len(pretrain.SPECIAL)
-    with pytest.raises(data.DataError, match="is not a tokenizer"):
+    with pytest.raises(data.DataError, match="there is no"):
         data.BPETokenizer.load(tmp_path / "missing.json")

@@ -49,8 +49,9 @@ def test_the_task_is_learned_and_picks_are_told_apart(texts, before, tmp_path):
     assert list(picks) == ["none", "random", "similar", "diverse"]
     # four topics: of two at random, one is the query's with probability 7/16
     assert picks["similar"]["answer_shown"] > picks["random"]["answer_shown"] + 0.2
-    assert picks["similar"]["accuracy"][0] > picks["random"]["accuracy"][0] + 0.2
-    assert picks["similar"]["log_probability_over_random"][0] > 0.5
+    # 40 queries tell an accuracy to 8 points only; what is put on the right answer they do tell
+    gain, error = picks["similar"]["log_probability_over_random"]
+    assert gain > max(0.5, 3 * error)
     for how, figures in picks.items():
         accuracy, error = figures["accuracy"]
         n = metrics["queries"]

@@ -53,7 +53,7 @@ class Gpt2Benchmark(ModelBenchmark):
             resid_pdrop=0.0,
             bos_token_id=0,
             eos_token_id=0,
-            loss_type="ForCausalLM",
+            loss_type="ForCausalLM",  # type: ignore[call-arg]
         )
         config._attn_implementation = "eager" if contender == NAIVE else "sdpa"
         model = GPT2LMHeadModel(config)
