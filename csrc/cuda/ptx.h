@@ -1,5 +1,5 @@
-// The instructions that C++ has no words for, and the only inline PTX. With FASTATTN_EMULATE they
-// are those of tests/emulator, and a host compiler builds the kernels.
+// The instructions that C++ has no words for, and with ptx_sm90.h the only inline PTX. With
+// FASTATTN_EMULATE they are those of tests/emulator, and a host compiler builds the kernels.
 #pragma once
 #include <cstdint>
 

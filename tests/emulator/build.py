@@ -88,7 +88,9 @@ def build(
     common += [f"-I{path}" for path in include] + ["-x", "c++"]
     objects = [
         ("emulator", EMULATOR / "emulator.cpp", ["-O2", *emulator]),
+        ("hopper", EMULATOR / "hopper.cpp", ["-O2", *emulator]),
         ("instructions", EMULATOR / "instructions.cpp", ["-O3", *emulator]),
+        ("products", EMULATOR / "products.cpp", ["-O3", *emulator]),
         ("main", main, ["-O1", *checked])
         if main
         else ("module", sources / "csrc/cuda/module.cpp", ["-O0"]),
