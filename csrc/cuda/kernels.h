@@ -11,6 +11,8 @@ constexpr float kLog2e = 1.4426950408889634f;
 struct Device {
   size_t shared_bytes = 48 << 10;  // of a block
   Stream stream;
+  int capability = 80;  // 90: sm_90
+  int multiprocessors = 1;
 };
 
 void layer_norm_forward(const LayerNormParams& params, const Device& device);
@@ -25,7 +27,8 @@ struct ForwardPlan {
   int parts = 1;
   int64_t workspace_floats = 0;
 };
-ForwardPlan attention_forward_plan(const AttentionParams& params, int multiprocessors);
+ForwardPlan attention_forward_plan(const AttentionParams& params, int multiprocessors,
+                                   int capability = 80);
 void attention_forward(const AttentionParams& params, const ForwardPlan& plan, float* workspace,
                        const Device& device);
 

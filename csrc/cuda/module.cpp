@@ -11,11 +11,13 @@ using namespace fastattn;
 
 namespace {
 
-// (shared memory of a block, stream)
+// (shared memory of a block, stream, compute capability as 80, multiprocessors)
 Device device_of(const py::tuple& t) {
   Device d;
   d.shared_bytes = t[0].cast<size_t>();
   d.stream.handle = address(t[1]);
+  d.capability = t[2].cast<int>();
+  d.multiprocessors = t[3].cast<int>();
   return d;
 }
 
@@ -39,8 +41,9 @@ AttentionParams attention_call(py::tuple problem) {
 }
 
 // (parts, floats of workspace)
-py::tuple bind_forward_plan(const py::tuple& problem, int multiprocessors) {
-  const ForwardPlan plan = attention_forward_plan(attention_call(problem), multiprocessors);
+py::tuple bind_forward_plan(const py::tuple& problem, int multiprocessors, int capability) {
+  const ForwardPlan plan =
+      attention_forward_plan(attention_call(problem), multiprocessors, capability);
   return py::make_tuple(plan.parts, plan.workspace_floats);
 }
 
@@ -206,6 +209,8 @@ PYBIND11_MODULE(FASTATTN_MODULE, m) {
                            seed});
   });
   m.def("take_bank_conflicts", &emulator::take_bank_conflicts);
+  m.def("take_rare", &emulator::take_rare);
+  m.def("take_launches", &emulator::take_launches);
 #else
   m.attr("EMULATED") = false;
 #endif

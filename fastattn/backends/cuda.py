@@ -38,9 +38,14 @@ class Device(NamedTuple):
     shared_bytes: int  # that a block may have
     capability: tuple[int, int]
 
+    @property
+    def arch(self) -> int:
+        """The capability as the kernels have it: 90 for (9, 0)."""
+        return 10 * self.capability[0] + self.capability[1]
+
 
 # The emulator's; few multiprocessors, so that the tests' small problems make blocks walk.
-EMULATED = Device(3, 227 << 10, (9, 0))
+EMULATED = Device(3, 227 << 10, (8, 0))
 
 
 def load_extension() -> tuple[ModuleType | None, str]:
@@ -120,10 +125,11 @@ class CudaBackend(Backend):
             )
         return found
 
-    def where(self, x: Tensor) -> tuple[int, int]:
-        """(shared memory of a block, stream), as csrc/cuda/module.cpp takes them."""
+    def where(self, x: Tensor) -> tuple[int, int, int, int]:
+        """The device and stream, as csrc/cuda/module.cpp takes them."""
         stream = 0 if self.emulated else torch.cuda.current_stream(x.device).cuda_stream
-        return self.limits(x.device).shared_bytes, stream
+        limits = self.limits(x.device)
+        return limits.shared_bytes, stream, limits.arch, limits.multiprocessors
 
     # ------------------------------------------------------------------------------- attention
 
@@ -134,7 +140,9 @@ class CudaBackend(Backend):
         problem = attention_problem(call, out, lse)
         with _on_device_of(q):
             limits = self.limits(q.device)
-            parts, floats = self.module.attention_forward_plan(problem, limits.multiprocessors)
+            parts, floats = self.module.attention_forward_plan(
+                problem, limits.multiprocessors, limits.arch
+            )
             workspace = torch.empty(floats, dtype=torch.float32, device=q.device)
             self.module.attention_forward(problem, parts, workspace.data_ptr(), self.where(q))
         return out, lse, None

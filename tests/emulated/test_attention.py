@@ -119,7 +119,7 @@ def test_split_keys(kind, parts, monkeypatch):
         def __getattr__(self, name):
             return getattr(module, name)
 
-        def attention_forward_plan(self, problem, multiprocessors):
+        def attention_forward_plan(self, problem, *device):
             batch, heads, _, q_len, _, _, v_dim = problem[1]
             return parts, batch * heads * q_len * parts * (v_dim + 2)
 
