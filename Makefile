@@ -9,7 +9,7 @@ VENV ?= .venv
 PIP_FLAGS ?=
 RESULTS := benchmarks/results
 BIN := $(VENV)/bin
-CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CPP := $(shell find csrc tests/emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 SOURCES := pyproject.toml setup.py constraints.txt $(CPP) $(shell find fastattn -name '*.py')
 
 .PHONY: help venv bench bench-full readme test lint format clean distclean

@@ -1,7 +1,9 @@
-"""Builds the CPU extensions: one module per instruction set from the same sources (csrc/cpu).
+"""Builds the extensions: of csrc/cpu one module per instruction set, of csrc/cuda one where nvcc is
+(FASTATTN_CUDA=0: not even there; 1: it has to be).
 
-No torch at build time: the extensions take raw pointers. Without a working C++ compiler the install
-still succeeds and the package serves every call through its `reference` backend.
+No torch at build time: the extensions see its tensors through DLPack's C interface. Without a
+working C++ compiler the install still succeeds and the package serves every call through its
+`reference` backend.
 """
 
 import copy
@@ -46,6 +48,18 @@ BINDING = "csrc/cpu/module.cpp"
 # Compiled once per instruction set, with its flags.
 KERNELS = sorted(p.as_posix() for p in Path("csrc/cpu").glob("*.cpp") if p.name != "module.cpp")
 
+# The CUDA module: code for sm_80 and what can run it, for sm_90, and PTX for what comes later.
+CUDA = os.environ.get("FASTATTN_CUDA", "auto")
+CUDA_BINDING = "csrc/cuda/module.cpp"
+CUDA_KERNELS = sorted(p.as_posix() for p in Path("csrc/cuda").glob("*.cu"))
+HEAD_DIMS = re.findall(r"f\((\d+)\)", Path("csrc/cuda/head_dims.h").read_text())
+NVCC_FLAGS = [
+    *("-std=c++17", "-O3", "-Icsrc/common", "-Icsrc/cuda"),
+    *("-Xcompiler=-fPIC", "-Xcompiler=-fvisibility=hidden", "-Xfatbin=-compress-all"),
+    *("-gencode=arch=compute_80,code=[sm_80,compute_80]", "-gencode=arch=compute_90a,code=sm_90a"),
+]
+OLDEST_NVCC = (12, 4)
+
 COMMON = (
     ["/O2", "/std:c++17", "/EHsc"]
     if MSVC
@@ -79,8 +93,43 @@ def jobs() -> int:
     return max(1, min(cores, int(int(kilobytes) / 2**20 / GIGABYTES_PER_JOB)))
 
 
+class Toolkit:
+    """nvcc and what it links: of CUDA_HOME, of PATH, or of NVIDIA's wheels for Python."""
+
+    def __init__(self) -> None:
+        homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
+        homes += [os.path.join(path, "nvidia", "cu13") for path in sys.path]
+        found = [shutil.which("nvcc", path=os.path.join(home, "bin")) for home in homes]
+        found.insert(len(found) - len(sys.path), shutil.which("nvcc"))
+        self.nvcc = next(filter(None, found), "")
+        self.version = self.home = ""
+        if self.nvcc and not MSVC:
+            lines = self.ask("--version") + self.ask("--dryrun", "-x", "cu", os.devnull)
+            self.version = "".join(re.findall(r"release ([\d.]+)", lines)[:1])
+            self.home = "".join(re.findall(r"^#\$ TOP=(.*)$", lines, re.M)[:1])
+
+    def ask(self, *arguments: str) -> str:
+        done = subprocess.run([self.nvcc, *arguments], capture_output=True, text=True)
+        return done.stdout + done.stderr
+
+    def obstacle(self) -> str:
+        """Why there will be no CUDA module; empty when there can be one."""
+        if CUDA == "0" or SANITIZE:
+            return "FASTATTN_CUDA=0 at install" if CUDA == "0" else "built with a sanitizer"
+        if not self.nvcc or MSVC:
+            return "no nvcc at install"
+        if not self.home or tuple(map(int, self.version.split("."))) < OLDEST_NVCC:
+            return f"needs nvcc {OLDEST_NVCC[0]}.{OLDEST_NVCC[1]} or newer (got {self.version})"
+        return "" if self.cudart() else "no libcudart_static.a at install"
+
+    def cudart(self) -> str:
+        """The runtime, which is linked statically: the module imports where there is no driver."""
+        folders = (Path(self.home, name) for name in ("lib64", "lib"))
+        return next((str(p) for f in folders for p in f.glob("libcudart_static.a")), "")
+
+
 class BuildExtensions(build_ext):
-    """Builds what the compiler can, and leaves a record of it in fastattn/_build_info.py."""
+    """Builds what the compilers can, and leaves a record of it in fastattn/_build_info.py."""
 
     def run(self) -> None:
         super().run()
@@ -89,8 +138,9 @@ class BuildExtensions(build_ext):
             self.copy_file(os.path.join(self.build_lib, info), str(info))
 
     def build_extensions(self) -> None:
-        for old in Path(self.build_lib, "fastattn").glob("_cpu_*"):  # of an earlier build
+        for old in Path(self.build_lib, "fastattn").glob("_c[pu][ud]*"):  # of an earlier build
             old.unlink()
+        self.cuda_reason = "no C++ compiler at install"
         reason = self.obstacle()
         if reason:
             print(f"fastattn: {reason}; every call will use the reference backend")
@@ -99,7 +149,12 @@ class BuildExtensions(build_ext):
             self.extensions = self.build_all()
             if not self.extensions:
                 reason = "the C++ compiler could not build any extension"
+        self.check_cuda()
         self.write_build_info(reason)
+
+    def check_cuda(self) -> None:
+        if CUDA == "1" and self.cuda_reason:
+            raise SystemExit(f"fastattn: FASTATTN_CUDA=1, but: {self.cuda_reason}")
 
     def obstacle(self) -> str:
         """Why nothing can be compiled here, found out in a second; empty when it can."""
@@ -128,16 +183,38 @@ class BuildExtensions(build_ext):
     def build_all(self) -> list[Extension]:
         binding = self.commands([BINDING], "any", [])
         kernels = [self.commands(KERNELS, isa, flags[MSVC]) for isa, flags in ISAS.items()]
-        self.compile_all(sum(kernels, start=binding))
+        toolkit = Toolkit()
+        self.cuda_reason = toolkit.obstacle()
+        self.check_cuda()
+        cuda = [] if self.cuda_reason else self.cuda_commands(toolkit)
+        self.compile_all(sum(kernels, start=binding + cuda))
         built = []
-        for ext, commands in zip(self.extensions, kernels, strict=True):
-            objects = [obj for _, obj, _ in binding + commands]
+        parts = [binding + commands for commands in kernels] + [cuda]
+        for ext, commands in zip(self.extensions, parts, strict=True):
+            objects = [obj for _, obj, _ in commands]
+            libraries = [toolkit.cudart(), "-ldl", "-lrt", "-lpthread"] if commands is cuda else []
+            complete = bool(objects) and all(map(os.path.exists, objects))
             # A compiler too old for one instruction set still builds the others.
-            if all(map(os.path.exists, objects)) and self.succeeds(self.link, ext, objects):
+            if complete and self.succeeds(self.link, ext, objects, libraries):
                 built.append(ext)
-            else:
-                print(f"fastattn: {ext.name} was not built")
+                continue
+            if commands is cuda:
+                self.cuda_reason = self.cuda_reason or "nvcc could not build it"
+            print(f"fastattn: {ext.name} was not built")
         return built
+
+    def cuda_commands(self, toolkit: Toolkit) -> list[Command]:
+        """The binding by the host's compiler, the kernels by nvcc, attention's once a head dim."""
+        commands = self.commands([CUDA_BINDING], "any", [f"-I{toolkit.home}/include"])
+        for source in CUDA_KERNELS:
+            each = HEAD_DIMS if "FASTATTN_HEAD_DIM" in Path(source).read_text() else [""]
+            for head_dim in each:
+                obj = OBJECTS / "cuda" / f"{Path(source).stem}{head_dim}.o"
+                obj.parent.mkdir(parents=True, exist_ok=True)
+                flags = [f"-DFASTATTN_HEAD_DIM={head_dim}"] if head_dim else []
+                line = [toolkit.nvcc, *NVCC_FLAGS, *flags, "-c", source, "-o", str(obj)]
+                commands.append((source, obj.as_posix(), line))
+        return commands
 
     def commands(self, sources: list[str], isa: str, flags: list[str]) -> list[Command]:
         """What setuptools would call to compile these."""
@@ -174,11 +251,11 @@ class BuildExtensions(build_ext):
         script.write_text(text)
         self.succeeds(run, [ninja, "-f", str(script), "-k", "0", "-j", str(at_once)])
 
-    def link(self, ext: Extension, objects: list[str]) -> None:
+    def link(self, ext: Extension, objects: list[str], libraries: list[str]) -> None:
         self.compiler.link_shared_object(
             objects,
             self.get_ext_fullpath(ext.name),
-            extra_postargs=DEBUG + STRIP,
+            extra_postargs=libraries + DEBUG + STRIP,
             export_symbols=self.get_export_symbols(ext),
             build_temp=str(OBJECTS),
             target_lang="c++",
@@ -186,16 +263,19 @@ class BuildExtensions(build_ext):
 
     def write_build_info(self, reason: str) -> None:
         names = [ext.name.removeprefix("fastattn._cpu_") for ext in self.extensions]
+        names = [name for name in names if name in ISAS]
         compiler = getattr(self.compiler, "compiler_cxx", None) or ["msvc"]
         info = Path(self.build_lib, "fastattn", "_build_info.py")
         info.parent.mkdir(parents=True, exist_ok=True)
         info.write_text(
             '"""Written by setup.py: what the install built."""\n\n'
             f"CPU_ISAS = {names!r}\nREASON = {reason!r}\nCOMPILER = {compiler[0]!r}\n"
+            f"CUDA_REASON = {self.cuda_reason!r}\n"
         )
 
 
 setup(
-    ext_modules=[Extension(f"fastattn._cpu_{isa}", [BINDING, *KERNELS]) for isa in ISAS],
+    ext_modules=[Extension(f"fastattn._cpu_{isa}", [BINDING, *KERNELS]) for isa in ISAS]
+    + [Extension("fastattn._cuda", [CUDA_BINDING, *CUDA_KERNELS])],
     cmdclass={"build_ext": BuildExtensions},
 )

@@ -33,6 +33,12 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--op", choices=("attention", "layer_norm", "softmax", "transformer"))
     bench.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     bench.add_argument("--case", metavar="PATTERN", help="part of an id, or a pattern with *")
+    bench.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="cuda (or HIP): other shapes, peers and goals; figures go to benchmarks/results [cpu]",
+    )
     bench.add_argument("--backend", help="time this backend instead of the best one")
     bench.add_argument("--threads", type=positive, help="threads for everyone [torch's own]")
     bench.add_argument("--flex", action="store_true", help="FlexAttention too in the quick suite")
@@ -105,8 +111,8 @@ def info(options: argparse.Namespace) -> int:
     console.pairs("Backends, first choice first", rows)
     if costs := overhead.host_microseconds():
         console.pairs(
-            "Triton's calls on the host, all of ours up to the launch",
-            [(name, f"{cost:.0f} us") for name, cost in costs.items()],
+            "A call of Triton's on the host, without the driver",
+            [(name, str(cost)) for name, cost in costs.items()],
         )
     console.line("fastattn.explain(q, k, v, ...) says which one serves a call, and why.", DIM)
     return 0

@@ -117,6 +117,7 @@ def backends() -> Backends:
         >>> fastattn.backends()
         cpu: available (avx2)
         triton: unavailable, needs a CUDA or HIP device (torch sees none)
+        cuda: unavailable, needs an NVIDIA GPU (torch sees none)
         reference: available (naive PyTorch)
     """
     return Backends()

@@ -54,35 +54,50 @@ for _schema in _SCHEMAS:
 
 _PLAIN = frozenset((type(None), bool, int, float, str, list, torch.dtype))
 
-
+# Asked at every call, so by names that are found at once.
+_PARAMETER = torch.nn.Parameter
+_is_compiling = torch.compiler.is_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_transforms_are_active = torch._C._are_functorch_transforms_active
+_trace = torch._C._get_tracing_state
+_profiler_is_on = torch.autograd._profiler_enabled
 _is_batch = torch._C._functorch.is_legacy_batchedtensor
 
 
 class Op:
-    """One op: what it runs, and the ways to call it."""
+    """One op: what it runs, and the ways to call it. ``alone`` are keywords of ``run`` for a call
+    without a backward to come."""
 
-    def __init__(self, name: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    def __init__(
+        self, name: str, run: Callable[..., Any], fake: Callable[..., Any], alone: dict[str, Any]
+    ) -> None:
         _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
         _LIBRARY.impl(name, fake, "Meta")  # the fake too; register_fake takes 7 ms of import
         self.name = name
         self.run = run
+        self.alone = alone
         self.overload = getattr(torch.ops.fastattn, name).default
 
     def call(self, function: type[torch.autograd.Function], needs_grad: bool, *args: Any) -> Any:
         """The op, of which ``function`` is the differentiable form, by the shortest way."""
-        if torch.compiler.is_compiling():
+        if _is_compiling():
             return self.overload(*args)  # opaque to the compiler, which finds function later
-        if torch._C._are_functorch_transforms_active():
+        if _transforms_are_active():
             return function.apply(*args)
         if needs_grad or forward_ad._current_level >= 0:
             # What Function.apply calls in the end; its inspection of signatures takes 100 us.
             return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
-        return self.below_autograd(*args)
+        if _nobody_looks(args):
+            return self.run(*args, **self.alone)
+        return self._through_dispatcher(*args)
 
     def below_autograd(self, *args: Any) -> Any:
         """The op without its derivative, for arguments that autograd has nothing to do with."""
         if _nobody_looks(args):
             return self.run(*args)  # the dispatcher would come to the same, 15 us later
+        return self._through_dispatcher(*args)
+
+    def _through_dispatcher(self, *args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload(*args)
 
@@ -93,8 +108,7 @@ class Op:
             with_tangent = forward_ad._current_level >= 0
             if with_tangent or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
                 return function.apply(*args)
-            with torch._C._AutoDispatchBelowAutograd():
-                return self.overload(*args)
+            return self._through_dispatcher(*args)
 
         _LIBRARY.impl(self.name, run, "Autograd")
 
@@ -110,16 +124,11 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 def _nobody_looks(args: tuple[Any, ...]) -> bool:
     """Plain tensors with memory, and no mode, transform, trace or profiler that must see the op."""
-    if (
-        torch._C._len_torch_dispatch_stack() != 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()
-    ):
+    if _dispatch_modes() or _transforms_are_active() or _trace() is not None or _profiler_is_on():
         return False
     for x in args:  # a loop: this runs at every call
         kind = type(x)
-        if kind is Tensor or kind is torch.nn.Parameter:
+        if kind is Tensor or kind is _PARAMETER:
             # Whose numbers are not those at its address: no memory, the negative of it, zeros
             # without any, or a batch of gradients (is_grads_batched).
             if x.is_meta or x.is_neg() or x._is_zerotensor() or _is_batch(x):
@@ -129,9 +138,14 @@ def _nobody_looks(args: tuple[Any, ...]) -> bool:
     return True
 
 
-def _op(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Op]:
+def _op(fake: Callable[..., Any], **alone: Any) -> Callable[[Callable[..., Any]], Op]:
     """Makes the op of the same name of the decorated function, with ``fake`` for its shapes."""
-    return lambda run: Op(run.__name__, run, fake)
+    return lambda run: Op(run.__name__, run, fake, alone)
+
+
+def _with_stand_ins(grads: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, ...]:
+    """With an empty tensor for each gradient that was not asked for: a schema knows no None."""
+    return tuple(like.new_empty(0) if dx is None else dx for dx in grads)
 
 
 def double_backward(
@@ -180,16 +194,15 @@ def double_backward(
 # -------------------------------------------------------------------------------------- attention
 
 
-def attention_call(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> AttentionCall:
+def attention_call(*args: Any) -> AttentionCall:
     """The call of an op's arguments, without its backend: broadcasts what has to."""
-    bias, alibi_slopes, sinks, seed, scale, softcap, left, right, shift, dropout_p = rest
+    call = AttentionCall(*args)
+    q, k, _, bias, alibi_slopes, *_ = args
     if bias is not None:
-        bias = bias.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+        call = call._replace(bias=bias.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2]))
     if alibi_slopes is not None:
-        alibi_slopes = alibi_slopes.expand(q.shape[0], q.shape[1])
-    return AttentionCall(
-        q, k, v, bias, alibi_slopes, sinks, seed, scale, softcap, left, right, shift, dropout_p
-    )
+        call = call._replace(alibi_slopes=alibi_slopes.expand(q.shape[0], q.shape[1]))
+    return call
 
 
 def _attention_forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -197,10 +210,13 @@ def _attention_forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tupl
     return empty_output(q, v.shape[3]), lse, torch.empty_like(lse)
 
 
-@_op(_attention_forward_fake)
-def attention_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    out, lse, lse_low = BACKENDS[args[-1]].attention_forward(attention_call(*args[:-1]))
-    return out, lse, torch.zeros_like(lse) if lse_low is None else lse_low
+@_op(_attention_forward_fake, for_backward=False)
+def attention_forward(*args: Any, for_backward: bool = True) -> tuple[Tensor, Tensor, Any]:
+    call = attention_call(*args[:-1], for_backward)
+    out, lse, lse_low = BACKENDS[args[-1]].attention_forward(call)
+    if lse_low is None and for_backward:
+        lse_low = torch.zeros_like(lse)
+    return out, lse, lse_low
 
 
 def _attention_backward_fake(
@@ -221,7 +237,7 @@ def _attention_backward_fake(
     )
 
 
-@_op(_attention_backward_fake)
+@_op(_attention_backward_fake, stand_ins=False)
 def attention_backward(
     dout: Tensor,
     dlse: Tensor | None,
@@ -230,11 +246,16 @@ def attention_backward(
     lse_low: Tensor,
     needs: list[bool],
     *args: Any,
-) -> tuple[Tensor, ...]:
+    stand_ins: bool = True,
+) -> tuple[Any, ...]:
     call = attention_call(*args[:-1])
-    grads = BACKENDS[args[-1]].attention_backward(call, dout, dlse, out, lse, lse_low, tuple(needs))
-    dq, dk, dv, dbias, dsinks = (dout.new_empty(0) if dx is None else dx for dx in grads)
-    return dq, dk, dv, dbias.view(args[3].shape) if needs[3] else dbias, dsinks
+    dq, dk, dv, dbias, dsinks = BACKENDS[args[-1]].attention_backward(
+        call, dout, dlse, out, lse, lse_low, tuple(needs)
+    )
+    if dbias is not None:
+        dbias = dbias.view(args[3].shape)
+    grads = dq, dk, dv, dbias, dsinks
+    return _with_stand_ins(grads, dout) if stand_ins else grads
 
 
 # ------------------------------------------------------------------------------------- layer norm
@@ -265,13 +286,18 @@ def _row_count(x: Tensor, width: int) -> int:
     return x.numel() // width if width else 0
 
 
-@_op(_layer_norm_forward_fake)
-def layer_norm_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    call = LayerNormCall(*args[:-1])
-    y, new_residual, mean, rstd = BACKENDS[args[-1]].layer_norm_forward(call)
+@_op(_layer_norm_forward_fake, for_backward=False)
+def layer_norm_forward(*args: Any, for_backward: bool = True) -> tuple[Any, ...]:
+    call = LayerNormCall(*(*args[:-1], for_backward))
+    results = BACKENDS[args[-1]].layer_norm_forward(call)
+    if not for_backward:
+        return results
+    y, new_residual, mean, rstd = results
     if new_residual is None:
         new_residual = y.new_empty(0)
-    return y, new_residual, rstd.new_empty(0) if mean is None else mean, rstd
+    if mean is None and rstd is not None:
+        mean = rstd.new_empty(0)
+    return y, new_residual, mean, rstd
 
 
 def _layer_norm_backward_fake(
@@ -292,7 +318,7 @@ def _layer_norm_backward_fake(
     )
 
 
-@_op(_layer_norm_backward_fake)
+@_op(_layer_norm_backward_fake, stand_ins=False)
 def layer_norm_backward(
     dy: Tensor,
     dnew_residual: Tensor | None,
@@ -304,13 +330,14 @@ def layer_norm_backward(
     weight: Tensor | None,
     bias: Tensor | None,
     *rest: Any,
-) -> tuple[Tensor, ...]:
+    stand_ins: bool = True,
+) -> tuple[Any, ...]:
     *scalars, backend = rest
     call = LayerNormCall(source, source if has_residual else None, weight, bias, *scalars)
     grads = BACKENDS[backend].layer_norm_backward(
         call, source, None if call.rms else mean, rstd, dy, dnew_residual, tuple(needs)
     )
-    return tuple(source.new_empty(0) if dx is None else dx for dx in grads)
+    return _with_stand_ins(grads, source) if stand_ins else grads
 
 
 # ---------------------------------------------------------------------------------------- softmax

@@ -79,10 +79,12 @@ def served_by(case: Case, backend: str | None, inputs: Inputs) -> tuple[str, lis
     return backend, answer.reasons[backend]
 
 
-def prove(case: Case, backend: str | None = None, backward: bool = True) -> Verdict:
-    """The whole case, or a sample of its heads where the oracle would need gigabytes; where the
-    backend is at home."""
-    device = "cpu" if backend is None else BACKENDS[backend].device
+def prove(
+    case: Case, backend: str | None = None, backward: bool = True, device: str | None = None
+) -> Verdict:
+    """The whole case, or a sample of its heads where the oracle would need gigabytes; by default
+    on the device where the backend is at home."""
+    device = device or ("cpu" if backend is None else BACKENDS[backend].device)
     inputs = case.make_inputs(device=device, requires_grad=backward)
     name, refusals = served_by(case, backend, inputs)
     verdict = {"case": str(case), "op": case.op, "backend": name}
@@ -100,9 +102,10 @@ def _hold_to_law(case: Case, backend: str | None, inputs: Inputs, backward: bool
     if isinstance(case, AttentionCase) and _by_heads(case):
         _check_some_heads(case, backend, inputs, backward)
         return
+    device = next(iter(inputs.values())).device
 
     def draw(n: int) -> testing.Comparison:
-        drawn = case.make_inputs(seed=n, requires_grad=backward) if n else inputs
+        drawn = case.make_inputs(n, device, requires_grad=backward) if n else inputs
         return _compare(case, backend, drawn, backward)
 
     testing.over_draws(draw)
@@ -140,11 +143,11 @@ def _compare(case: Case, backend: str | None, inputs: Inputs, backward: bool) ->
 
 
 def _by_heads(case: AttentionCase) -> bool:
-    """Whether the case is large, and made of tensors that have a dim of heads to slice."""
+    """Whether the case is large, and made of tensors that have dims of batch and heads to slice."""
     s = case.shape
     large = s["B"] * s["H"] * s["M"] * s["N"] > LARGE
     sliceable = not case.alibi and not case.sinks and (not case.bias or case.bias_shape == "1hqk")
-    return large and sliceable and s["B"] == 1 and s["K"] > 1
+    return large and sliceable and s["B"] * s["K"] > 1
 
 
 def _check_some_heads(
@@ -152,8 +155,8 @@ def _check_some_heads(
 ) -> None:
     """Run the call as it is, and hold its first and its last KV head to the law.
 
-    Heads do not influence one another, so the oracle needs no more than the head itself. Dropout
-    depends on the head's number: there it is the first alone.
+    Heads and batches do not influence one another, so the oracle needs no more than the head
+    itself. Dropout depends on their numbers: there it is the first alone.
     """
     options = {**case.options, "return_lse": True}
     s = case.shape
@@ -174,11 +177,15 @@ def _check_some_heads(
         return testing.run(call, tensors, gradients, ("out", "lse"))
 
     got = results(attention, inputs, cotangents, backend=backend)
-    for head in {0, s["K"] - 1} if case.dropout_p == 0 else {0}:
+    places = {(0, 0)} if case.dropout_p else {(0, 0), (s["B"] - 1, s["K"] - 1)}
+    for batch, head in places:
         queries, keys = slice(head * group, (head + 1) * group), slice(head, head + 1)
 
-        def part(x: Tensor, name: str, queries: slice = queries, keys: slice = keys) -> Tensor:
-            return x[:, keys if name in ("k", "v", "dk", "dv") else queries]
+        def part(
+            x: Tensor, name: str, batch: int = batch, queries: slice = queries, keys: slice = keys
+        ) -> Tensor:
+            own = x if x.shape[0] == 1 else x[batch : batch + 1]
+            return own[:, keys if name in ("k", "v", "dk", "dv") else queries]
 
         tensors = {
             name: part(x, name).detach().requires_grad_(x.requires_grad)

@@ -102,6 +102,12 @@ def attention(call: AttentionCall, upcast: bool = True) -> tuple[Tensor, Tensor]
     return out.to(call.q.dtype), lse
 
 
+def attention_probabilities(call: AttentionCall) -> Tensor:
+    """(B, Hq, Sq, Sk) in the statistics dtype, before dropout: the matrix no kernel makes."""
+    q, k, _ = _operands(call, upcast=True)
+    return _softmax_with_sink(_scores(call, q, k)[0], call.sinks)[0]
+
+
 def attention_backward(
     call: AttentionCall, dout: Tensor, dlse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_STRIDED = torch.strided
 _NO_WINDOW = (-1, -1)
 _FAR = 2**62
 
@@ -97,9 +98,7 @@ class AttentionSpec(NamedTuple):
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.
         """
-        _check_qkv(q, k, v, names)
-        batch, heads, q_len, head_dim = q.shape
-        k_len = k.shape[2]
+        batch, heads, q_len, k_len, head_dim = _check_qkv(q, k, v, names)
 
         scale = 1.0 / math.sqrt(head_dim) if scale is None else check_number("scale", scale)
         softcap = 0.0 if softcap is None else check_number("softcap", softcap)
@@ -150,21 +149,25 @@ def _check_window(window: Any) -> tuple[int, int]:
     return -1 if left >= _FAR else left, -1 if right >= _FAR else right
 
 
-def _check_qkv(q: Any, k: Any, v: Any, names: tuple[str, ...]) -> None:
-    q_name, k_name, v_name = names[:3]
+def _check_qkv(q: Any, k: Any, v: Any, names: tuple[str, ...]) -> tuple[int, int, int, int, int]:
+    """(batch, heads, q_len, k_len, head_dim)"""
+    q_name, k_name, v_name, *_ = names
+    check_tensor(q_name, q)
+    check_tensor(k_name, k)
+    check_tensor(v_name, v)
+    dtype, device = q.dtype, q.device
     for name, x in ((q_name, q), (k_name, k), (v_name, v)):
-        check_tensor(name, x)
         if x.dim() != 4:
             raise ValueError(
                 f"{name}: expected 4 dimensions (batch, heads, sequence, head_dim), "
                 f"got shape {tuple(x.shape)}"
             )
-        if x.dtype is not q.dtype:
-            raise TypeError(f"{name}: expected {q_name}'s dtype {q.dtype}, got {x.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"{name}: expected {q_name}'s device {q.device}, got {x.device}")
+        if x.dtype is not dtype:
+            raise TypeError(f"{name}: expected {q_name}'s dtype {dtype}, got {x.dtype}")
+        if x.device != device:
+            raise ValueError(f"{name}: expected {q_name}'s device {device}, got {x.device}")
     check_dtype(q_name, q)
-    batch, heads, _, head_dim = q.shape
+    batch, heads, q_len, head_dim = q.shape
     k_batch, kv_heads, k_len, k_head_dim = k.shape
     v_batch, v_heads, v_len, _ = v.shape
     if head_dim == 0:
@@ -184,6 +187,7 @@ def _check_qkv(q: Any, k: Any, v: Any, names: tuple[str, ...]) -> None:
             f"{q_name}: expected a number of heads that is a multiple of {k_name}'s {kv_heads}, "
             f"got {heads}"
         )
+    return batch, heads, q_len, k_len, head_dim
 
 
 def _check_bias(name: str, bias: Any, q: Tensor, full: tuple[int, ...]) -> None:
@@ -212,11 +216,12 @@ def _check_per_head(name: str, x: Any, q: Tensor, shapes: tuple[tuple[int, ...],
 
 def check_tensor(name: str, x: Any) -> None:
     """TypeError unless x is a dense tensor."""
+    if isinstance(x, Tensor) and x.layout is _STRIDED and not x.is_nested:
+        return
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {_got(x)}")
-    if x.layout is not torch.strided or x.is_nested:
-        got = "a nested tensor" if x.is_nested else f"layout {x.layout}"
-        raise TypeError(f"{name}: expected a dense (strided) tensor, got {got}")
+    got = "a nested tensor" if x.is_nested else f"layout {x.layout}"
+    raise TypeError(f"{name}: expected a dense (strided) tensor, got {got}")
 
 
 def check_dtype(name: str, x: Tensor) -> None:
@@ -233,6 +238,8 @@ def broadcasts(shape: Sequence[int], full: Sequence[int]) -> bool:
 
 def check_number(name: str, value: Any) -> float:
     """``value`` as a finite float, or a TypeError or ValueError that names it."""
+    if type(value) is float and value - value == 0:
+        return value
     if isinstance(value, bool) or not isinstance(value, (Real, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name}: expected a number, got {_got(value)}")
     try:
@@ -252,6 +259,8 @@ def check_flag(name: str, value: Any) -> None:
 
 def is_integer(value: Any) -> bool:
     """Whether ``value`` is an integer, and no bool."""
+    if type(value) is int:
+        return True
     return isinstance(value, (Integral, torch.SymInt)) and not isinstance(value, bool)
 
 

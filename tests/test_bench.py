@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastattn
 from fastattn.bench import (
     ceilings,
     compare,
@@ -213,7 +214,7 @@ def test_a_wrong_result_is_never_timed(monkeypatch):
 def test_forward_and_backward_share_a_check(monkeypatch):
     proved = []
 
-    def prove(case, backend, backward):
+    def prove(case, backend, backward, device):
         proved.append(backward)
         return runner.proof.Verdict(str(case), case.op, "reference")
 
@@ -237,7 +238,20 @@ def test_roofs():
     assert result.bound == "memory"
     assert result.of_ceiling == pytest.approx(4 * 2 * (512 + 1) * 64 / 1e-3 / 20e9)
     better = ROOFS.or_better(ceilings.Ceilings({"float32": 1, "bfloat16": 70, "float16": 1}, 30.0))
-    assert (better.gemm["float32"], better.gemm["bfloat16"], better.copy) == (100.0, 70, 30.0)
+    assert (better.arithmetic["float32"], better.arithmetic["bfloat16"], better.copy) == (
+        100.0,
+        70,
+        30.0,
+    )
+
+
+def test_no_kernel_is_faster_than_bare_multiply_adds():
+    roofs = ceilings.measure(budget_s=0.02)
+    assert set(roofs.arithmetic) == {"float32", "bfloat16", "float16"}
+    q = torch.randn(1, 4, 512, 64)
+    seconds = ceilings.best_of(lambda: fastattn.attention(q, q, q), budget_s=0.1)
+    achieved = 4e-9 * 4 * 512 * 512 * 64 / seconds
+    assert 0 < achieved < roofs.compute("float32")
 
 
 def test_choose_filters():
@@ -281,13 +295,13 @@ def test_a_file_that_is_no_report_is_a_value_error(tmp_path, text):
 
 def test_the_table_shows_ratio_goal_and_verdict():
     cells = [c if isinstance(c, str) else c[0] for c in report.row(make_result(ratio=1.5))]
-    assert len(cells) == len(report.COLUMNS)
+    assert len(cells) == len(report.columns())
     assert cells[0] == "full_s512_d64-float32"
     assert cells[5:] == ["1.50x", "1.35-1.65", "1.3x", "ok", "80 GFLOP/s", "80%"]
     below = report.row(make_result(ratio=1.2))
     assert ("below", "red") in below
     failed = report.row(make_result(failure="dk is wrong"))
-    assert len(failed) == len(report.COLUMNS)
+    assert len(failed) == len(report.columns())
     assert failed[1][0] == "failed"
 
 

@@ -139,7 +139,7 @@ def test_bench_refuses_a_bad_old_report_before_it_runs(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--backend", "abacus"], "unknown backend 'abacus': cpu, triton, reference"),
+        (["--backend", "abacus"], "unknown backend 'abacus': cpu, triton, cuda, reference"),
         (["--json", f"{__file__}/out.json"], "cannot write"),
         (["--html", f"{__file__}/out.html"], "cannot write"),
     ],

@@ -8,8 +8,6 @@ from torch.library import opcheck
 
 import fastattn
 
-BACKENDS = fastattn.backends().available
-backends = pytest.mark.parametrize("backend", BACKENDS)
 OPS = torch.ops.fastattn
 
 
@@ -42,14 +40,12 @@ def attention_arguments(variant, backend):
     return q, k, v, bias, torch.rand(4), sinks, SEED, 0.3, 2.0, 3, 0, 1, 0.1, backend
 
 
-@backends
 def test_opcheck_attention_forward(backend):
     opcheck(OPS.attention_forward.default, detached(attention_arguments("plain", backend)))
     opcheck(OPS.attention_forward.default, attention_arguments("layout", backend))
     opcheck(OPS.attention_forward.default, attention_arguments("all", backend))
 
 
-@backends
 def test_opcheck_attention_backward(backend):
     arguments = attention_arguments("all", backend)
     out, lse, low = (x.detach() for x in OPS.attention_forward(*arguments))
@@ -59,7 +55,6 @@ def test_opcheck_attention_backward(backend):
     opcheck(OPS.attention_backward.default, (dout, None, out, lse, low, few, *detached(arguments)))
 
 
-@backends
 @pytest.mark.parametrize("variant", ["layer", "rms", "add"])
 def test_opcheck_layer_norm(backend, variant):
     x, residual, weight, bias = leaves((3, 4, 8), (3, 4, 8), (8,), (8,))
@@ -78,7 +73,6 @@ def test_opcheck_layer_norm(backend, variant):
     opcheck(OPS.layer_norm_backward.default, backward if add else detached(backward))
 
 
-@backends
 @pytest.mark.parametrize("log", [False, True])
 @pytest.mark.parametrize("mask", [None, torch.tensor([True] * 3 + [False] * 5)])
 def test_opcheck_softmax(backend, log, mask):
@@ -89,7 +83,6 @@ def test_opcheck_softmax(backend, log, mask):
     opcheck(OPS.softmax_backward.default, (y, dy, 2, 0.5, log, torch.float32, backend))
 
 
-@backends
 def test_ops_called_by_themselves_are_differentiable(backend):
     arguments = attention_arguments("plain", backend)
     q, k, v = arguments[:3]
@@ -122,7 +115,6 @@ def same_compiled(function, inputs_of_length, backend="aot_eager", **options):
     return counter.frame_count
 
 
-@backends
 def test_compile_attention(backend):
     def function(q, k, v):
         return fastattn.attention(q, k, v, causal=True, backend=backend).square().sum()
@@ -133,7 +125,6 @@ def test_compile_attention(backend):
     assert same_compiled(function, inputs) <= 2
 
 
-@backends
 def test_compile_attention_with_everything(backend):
     slopes = torch.rand(4)
 
@@ -161,7 +152,6 @@ def test_compile_attention_with_everything(backend):
     assert same_compiled(function, inputs) <= 2
 
 
-@backends
 def test_compile_scaled_dot_product_attention(backend):
     def function(q, k, v):
         return (
@@ -178,7 +168,6 @@ def test_compile_scaled_dot_product_attention(backend):
     assert same_compiled(function, inputs) <= 2
 
 
-@backends
 def test_compile_layer_norm_and_softmax(backend):
     def function(x, residual, weight, bias):
         y, new = fastattn.add_layer_norm(
@@ -195,7 +184,6 @@ def test_compile_layer_norm_and_softmax(backend):
     assert same_compiled(function, inputs) <= 2
 
 
-@backends
 def test_compile_decoding(backend):
     """One query against a cache that grows; no backend named."""
 
@@ -208,7 +196,6 @@ def test_compile_decoding(backend):
     assert same_compiled(function, inputs) <= 2
 
 
-@backends
 def test_compile_batch_and_length_dynamic(backend):
     def function(q, k, v):
         return fastattn.attention(q, k, v, causal=True, backend=backend).square().sum()
@@ -219,7 +206,6 @@ def test_compile_batch_and_length_dynamic(backend):
     assert same_compiled(function, inputs, dynamic=True) <= 2
 
 
-@backends
 def test_compile_with_inductor(backend):
     def function(x, weight):
         q = fastattn.layer_norm(x, (32,), weight, backend=backend).unflatten(-1, (4, 8))
@@ -247,7 +233,6 @@ class Model(torch.nn.Module):
         return fastattn.layer_norm(fastattn.softmax(out), (8,), backend=self.backend)
 
 
-@backends
 @pytest.mark.parametrize("strict", [False, True])
 def test_export(backend, strict):
     model = Model(backend)
@@ -306,7 +291,6 @@ FUNCTIONS = {
 }
 
 
-@backends
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_functorch(backend, function):

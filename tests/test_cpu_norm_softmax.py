@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import fastattn
 from fastattn import reference
 from fastattn.backends import BACKENDS
 from fastattn.backends.base import LayerNormCall, SoftmaxCall
@@ -380,3 +381,38 @@ def test_outputs_that_pass_by_the_cache(width, dtype):
     check_softmax(softmax_call(x), dy)
     check_softmax(softmax_call(x, log=True))
     check_softmax(softmax_call(x.t().contiguous(), 0), dy.t())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (1, 2, 3, 4),
+        ((), (), None, 1),
+        ((None,) * 6, ((1, 1, 1, 1, 1), (torch.ones(1),), ((0, 0, 0, 1),), 1), None, 1),
+        ((None,) * 6, ((1, 1), (torch.ones(1),), ((0, 0, 0, 1),), 1), torch.ones(1), 1),
+        ((None,) * 6, ((1, 1, 1, 1, 1), [torch.ones(1)], ((0, 0, 0, 1),), 1), torch.ones(1), 1),
+        ((None,) * 6, ((1, 1, 1, 1, 1), (torch.ones(1, device="meta"),), ((0,),), 1), None, 1),
+    ],
+)
+def test_the_border_to_cpp_refuses_what_it_cannot_read(arguments):
+    with pytest.raises((TypeError, ValueError, RuntimeError)):
+        CPU.module.softmax_forward(*arguments)
+
+
+def test_the_gradient_of_an_rms_norm_of_one_number():
+    """eps rstd^3 dy, which is lost where it is taken as the difference of rstd dy and its like."""
+    x = torch.tensor([[0.75], [-3.0], [2.0]], dtype=torch.float64, requires_grad=True)
+    fastattn.rms_norm(x, (1,), eps=1e-12, backend="cpu").sum().backward()
+    exact = 1e-12 * (x.detach().square() + 1e-12) ** -1.5
+    torch.testing.assert_close(x.grad, exact, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("width", [1, 5, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_weights_gradient_of_many_rows_gathers_no_rounding(width, dtype):
+    x = random(20000, width, dtype=dtype, shift=10)
+    dy = random(20000, width, dtype=dtype, seed=1).abs()
+    weight = torch.ones(width, requires_grad=True)
+    fastattn.rms_norm(x, (width,), weight, eps=1e-5, backend="cpu").backward(dy)
+    exact = (torch.rms_norm(x.double(), (width,), eps=1e-5) * dy.double()).sum(0)
+    torch.testing.assert_close(weight.grad.double(), exact, rtol=1e-6, atol=0)

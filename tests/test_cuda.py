@@ -9,11 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from emulator import build, mistakes
 
 TESTS = Path(__file__).parent
-sys.path.insert(0, str(TESTS / "emulator"))
-import build  # noqa: E402
-import mistakes  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,
@@ -21,10 +19,10 @@ pytestmark = [
     pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler"),
 ]
 
-# The suites of every backend, which in these processes is the cuda backend alone.
-SUITES = [
-    "emulated",
-    "test_case_table.py::test_case",
+# The suites of every backend, which in these processes is the cuda backend alone: some in every
+# mode, the rest in one.
+SUITES = ["emulated", "test_case_table.py::test_case"]
+MORE_SUITES = [
     "test_case_table.py::test_head_dims",
     "test_case_table.py::test_strides_of_the_output_gradient",
     "test_edge_cases.py",
@@ -68,7 +66,7 @@ def test_suites(module, mode):
     code = f"import sys; sys.path[:] = {sys.path!r}; import pytest; sys.exit(pytest.main())"
     child = subprocess.run(
         [sys.executable, "-c", code, "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-        + [str(TESTS / suite) for suite in SUITES],
+        + [str(TESTS / suite) for suite in SUITES + MORE_SUITES * (mode == MODES[0])],
         env=os.environ | environment,
         capture_output=True,
         text=True,

@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent / "emulator"))
-import build
-import mistakes_sm90
+from emulator import build, mistakes_sm90
 from test_cuda import HEAD_DIMS, MODES, pytestmark, run  # noqa: F401
 
 CHECK = build.EMULATOR / "check_sm90.cpp"

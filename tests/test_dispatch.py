@@ -164,3 +164,18 @@ def test_import_is_light():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout
     assert printed.strip() == "[] []"
+
+
+def test_a_torch_without_the_exchange_interface_is_served_by_reference(tmp_path):
+    """What C++ reads tensors by is newer than most of torch; where it is missing, we say so."""
+    code = (
+        "import torch; del torch._tensor.Tensor.__dlpack_c_exchange_api__\n"
+        "import fastattn; q = torch.randn(1, 2, 3, 4); print(fastattn.explain(q, q, q))\n"
+        "fastattn.attention(q, q, q)"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.startswith("reference serves this call\ncpu: torch ")
+    assert "does not offer DLPack's exchange API 1" in said.stdout

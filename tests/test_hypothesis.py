@@ -5,17 +5,17 @@ import math
 import hypothesis.strategies as st
 import pytest
 import torch
+from here import KERNELS
 from hypothesis import given, settings
 
-import fastattn
 from fastattn import testing
-from fastattn.cases import DTYPES
 
 EXAMPLES = 150
-BACKENDS = [name for name in fastattn.backends().available if name != "reference"]
-pytestmark = pytest.mark.skipif(not BACKENDS, reason="nothing but the reference runs here")
-backends = st.sampled_from(BACKENDS or ["reference"])
-dtypes = st.sampled_from(DTYPES)
+pytestmark = pytest.mark.skipif(not KERNELS, reason="nothing but the reference runs here")
+backends = st.sampled_from(KERNELS or ["reference"])
+# Not float64, which leaves nothing more exact to hold it against: what PyTorch computes in it is as
+# far from the truth as we are. The case table and gradcheck have it.
+dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 seeds = st.integers(0, 2**16)
 
 

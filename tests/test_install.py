@@ -47,7 +47,7 @@ def run_python(code, cwd, **environment):
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=cwd,
-        env=os.environ | environment,
+        env=os.environ | {"FASTATTN_CUDA": "0"} | environment,  # minutes, where there is nvcc
         capture_output=True,
         text=True,
         timeout=1800,
@@ -109,6 +109,8 @@ def test_sdist_has_every_source(sdist):
     wanted = [
         *ROOT.glob("csrc/**/*.h"),
         *ROOT.glob("csrc/**/*.cpp"),
+        *ROOT.glob("csrc/**/*.cu"),
+        *ROOT.glob("tests/emulator/*"),
         *ROOT.glob("fastattn/**/*.py"),
     ]
     wanted = {path.relative_to(ROOT).as_posix() for path in wanted} - {"fastattn/_build_info.py"}
@@ -149,7 +151,7 @@ def small_sources(sources):
     return sources
 
 
-def build_in_place(sources, first=""):
+def build_in_place(sources, first="", **environment):
     """`setup.py build_ext --inplace`, after the statement `first`; the instruction sets built."""
     code = f"""
 import runpy, sys
@@ -158,7 +160,7 @@ sys.argv = ["setup.py", "build_ext", "--inplace"]
 {first}
 runpy.run_path("setup.py", run_name="__main__")
 """
-    run_python(code, sources, FASTATTN_BUILD_ISAS="")
+    run_python(code, sources, FASTATTN_BUILD_ISAS="", **environment)
     return runpy.run_path(str(sources / "fastattn/_build_info.py"))["CPU_ISAS"]
 
 
@@ -206,6 +208,37 @@ def test_an_instruction_set_that_cannot_be_compiled_leaves_the_others(small_sour
 def test_without_ninja_all_is_compiled_too(small_sources):
     hide = "import shutil; shutil.which = lambda *args, **options: None"
     assert build_in_place(small_sources, first=hide) == build_in_place(small_sources)
+
+
+@needs_compiler
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
+def test_the_cuda_module_is_built_where_nvcc_is(small_sources):
+    for path in small_sources.glob("csrc/cuda/*.cu"):
+        path.write_text('#include "launch.h"\n')
+    module = (
+        '#include <pybind11/pybind11.h>\nPYBIND11_MODULE(_cuda, m) { m.attr("here") = true; }\n'
+    )
+    (small_sources / "csrc/cuda/module.cpp").write_text(module)
+    build_in_place(small_sources, FASTATTN_CUDA="1")
+    assert list(small_sources.glob("build/*/cuda/attention_plan.o"))
+    code = "import importlib.util as u; import glob, sys\n"
+    code += "s = u.spec_from_file_location('_cuda', glob.glob('fastattn/_cuda*')[0])\n"
+    code += "m = u.module_from_spec(s); s.loader.exec_module(m); print(m.here)"
+    assert run_python(code, small_sources) == "True\n"
+
+
+@needs_compiler
+def test_cuda_without_nvcc(small_sources):
+    folders = os.environ["PATH"].split(os.pathsep)
+    path = os.pathsep.join(f for f in folders if not Path(f, "nvcc").exists())
+    nowhere = {"PATH": path, "CUDA_HOME": "/nonexistent", "CUDA_PATH": "/nonexistent"}
+    built = build_in_place(small_sources, FASTATTN_CUDA="auto", **nowhere)
+    assert PLAINEST in built
+    assert not list(small_sources.glob("fastattn/_cuda*"))
+    info = runpy.run_path(str(small_sources / "fastattn/_build_info.py"))
+    assert info["CUDA_REASON"] == "no nvcc at install"
+    with pytest.raises(AssertionError, match="FASTATTN_CUDA=1, but: no nvcc at install"):
+        build_in_place(small_sources, FASTATTN_CUDA="1", **nowhere)
 
 
 def test_an_instruction_set_that_was_not_built_is_an_error(without_compiler, tmp_path):

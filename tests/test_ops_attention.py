@@ -12,9 +12,6 @@ import fastattn
 from fastattn import testing
 from fastattn.backends import BACKENDS as BY_NAME
 
-BACKENDS = fastattn.backends().available
-backends = pytest.mark.parametrize("backend", BACKENDS)
-
 
 def leaves(*shapes, dtype=torch.float64, seed=0):
     g = torch.Generator().manual_seed(seed)
@@ -39,7 +36,6 @@ VARIANTS = {
 }
 
 
-@backends
 @pytest.mark.parametrize("keywords", VARIANTS.values(), ids=VARIANTS)
 def test_first_and_second_derivatives(backend, keywords):
     def function(q, k, v, bias, sinks):
@@ -53,7 +49,6 @@ def test_first_and_second_derivatives(backend, keywords):
     assert gradgradcheck(function, inputs, fast_mode=True)
 
 
-@backends
 @pytest.mark.parametrize(
     "shape",
     [(5,), (3, 1), (3, 5), (1, 4, 1, 1), (4, 3, 5), (2, 1, 1, 5), (1, 1, 1, 1), (2, 4, 3, 5)],
@@ -71,7 +66,6 @@ def test_bias_gradient_has_the_bias_shape(backend, shape):
     )
 
 
-@backends
 def test_gradient_of_an_expanded_bias(backend):
     q, k, v, small = leaves((2, 2, 3, 2), (2, 2, 5, 2), (2, 2, 5, 2), (1, 2, 1, 5))
     full = small.detach().expand(2, 2, 3, 5).requires_grad_()  # a leaf: its elements are its own
@@ -91,7 +85,6 @@ def test_gradient_of_an_expanded_bias(backend):
     assert torch.autograd.grad(out.sum(), empty)[0].shape == empty.shape
 
 
-@backends
 def test_alibi_slopes_may_be_learned(backend):
     q, k, v, slopes, bias = leaves((2, 4, 3, 2), (2, 2, 5, 2), (2, 2, 5, 2), (4,), (3, 5))
 
@@ -107,7 +100,6 @@ def test_alibi_slopes_may_be_learned(backend):
     torch.testing.assert_close(function(slopes, mask), function(slopes.detach(), mask))
 
 
-@backends
 def test_one_input_computed_from_another(backend):
     def function(x):
         return fastattn.attention(x, x * 2, x.sin(), causal=True, backend=backend)
@@ -117,7 +109,6 @@ def test_one_input_computed_from_another(backend):
     assert gradgradcheck(function, x)
 
 
-@backends
 def test_only_the_gradients_asked_for(backend, monkeypatch):
     asked = []
     kernel = type(BY_NAME[backend])
@@ -139,7 +130,6 @@ def test_only_the_gradients_asked_for(backend, monkeypatch):
     assert q.grad is None and k.grad is None and bias.grad is not None
 
 
-@backends
 def test_lse_alone_has_a_gradient(backend):
     q, k, v = leaves((1, 2, 3, 4), (1, 2, 5, 4), (1, 2, 5, 4))
 
@@ -151,7 +141,6 @@ def test_lse_alone_has_a_gradient(backend):
     torch.testing.assert_close(lse(q, k), expected)
 
 
-@backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_dtypes_of_the_results(backend, dtype):
     q = torch.randn(2, 3, 4, 8).to(dtype).requires_grad_()
@@ -162,7 +151,6 @@ def test_dtypes_of_the_results(backend, dtype):
     assert grad.dtype is dtype
 
 
-@backends
 def test_output_keeps_the_layout_of_a_model(backend):
     """(B, S, H, D) projections seen as (B, H, S, D) come back without a copy."""
     x = torch.randn(2, 5, 3, 8, requires_grad=True)
@@ -173,7 +161,6 @@ def test_output_keeps_the_layout_of_a_model(backend):
     torch.testing.assert_close(out, fastattn.attention(*[q.contiguous()] * 3, backend=backend))
 
 
-@backends
 def test_same_seed_same_dropout(backend):
     q, k, v = leaves((2, 2, 6, 4), (2, 2, 6, 4), (2, 2, 6, 4))
 
@@ -190,7 +177,6 @@ def test_same_seed_same_dropout(backend):
     assert not torch.equal(first, torch.autograd.grad(loss(q), q)[0])
 
 
-@backends
 def test_determinism_flags(backend):
     q, k, v = leaves((1, 2, 4, 4), (1, 2, 4, 4), (1, 2, 4, 4))
     torch.use_deterministic_algorithms(True)
@@ -203,7 +189,6 @@ def test_determinism_flags(backend):
         assert torch.equal(out, first)
 
 
-@backends
 def test_autocast_as_torch(backend):
     q = torch.randn(1, 2, 4, 8, requires_grad=True)
     bias = torch.randn(4, 4)
@@ -220,14 +205,12 @@ def test_autocast_as_torch(backend):
     assert q.grad.dtype is torch.float32
 
 
-@backends
 def test_forward_mode_is_refused_not_ignored(backend):
     q = torch.randn(1, 2, 4, 8)
     with forward_ad.dual_level(), pytest.raises((RuntimeError, NotImplementedError)):
         fastattn.attention(forward_ad.make_dual(q, q), q, q, backend=backend)
 
 
-@backends
 def test_negative_view(backend):
     """A real tensor that PyTorch keeps as the negative of its memory."""
     x = torch.randn(2, 3, 4, 8, dtype=torch.complex64).conj().imag
@@ -236,7 +219,6 @@ def test_negative_view(backend):
     torch.testing.assert_close(fastattn.attention(x, x, x, backend=backend), expected)
 
 
-@backends
 def test_lazy_zeros(backend):
     """Zeros that have no memory, which autograd makes where there is no gradient."""
     x = torch._efficientzerotensor(2, 3, 4, 8)
@@ -268,7 +250,6 @@ SHAPES = [  # query, key, value, enable_gqa
 ]
 
 
-@backends
 @pytest.mark.parametrize(("query", "key", "value", "enable_gqa"), SHAPES)
 @pytest.mark.parametrize("variant", ["plain", "causal", "scale", "bool", "additive", "row"])
 def test_scaled_dot_product_attention_is_torchs(backend, query, key, value, enable_gqa, variant):
@@ -298,7 +279,6 @@ def test_scaled_dot_product_attention_is_torchs(backend, query, key, value, enab
         torch.testing.assert_close(mine, theirs)
 
 
-@backends
 @pytest.mark.parametrize(
     ("query", "mask"),
     [
@@ -324,7 +304,6 @@ def test_leading_dimensions_of_the_mask(backend, query, mask):
         torch.testing.assert_close(mine, theirs)
 
 
-@backends
 def test_rows_that_the_mask_hides(backend):
     (x,) = leaves((2, 3, 5, 8))
     attn_mask = torch.ones(5, 5, dtype=torch.bool)
@@ -334,7 +313,6 @@ def test_rows_that_the_mask_hides(backend):
     assert (ours[:, :, 2] == 0).all()
 
 
-@backends
 def test_dropout_drops_its_share(backend):
     x = torch.ones(4, 4, 64, 64)
     kept = fastattn.scaled_dot_product_attention(x, x, x, dropout_p=0.25, backend=backend)
@@ -345,7 +323,6 @@ def test_dropout_drops_its_share(backend):
 # ------------------------------------------------------------------------ edges that kernels lose
 
 
-@backends
 @pytest.mark.parametrize("value", [torch.finfo(torch.float32).min, 1e18, -1e18])
 def test_lse_that_has_no_room_for_the_sum(backend, value):
     """Equal scores so large that lse rounds the log of the row's sum away, gradients included."""
@@ -356,7 +333,6 @@ def test_lse_that_has_no_room_for_the_sum(backend, value):
     torch.testing.assert_close(dv, torch.full_like(v, 4 / 5))
 
 
-@backends
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gradients_that_cancel(backend, dtype):
     """dp - delta is a small difference of large numbers, and a slope's gradient sums the rest: an
@@ -380,7 +356,6 @@ def test_gradients_that_cancel(backend, dtype):
     testing.assert_laws(got, naive, exact)
 
 
-@backends
 @pytest.mark.parametrize("empty", ["batch", "heads", "queries", "keys", "values"])
 def test_nothing_to_do(backend, empty):
     batch, heads, q_len, k_len, v_dim = (

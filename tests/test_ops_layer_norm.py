@@ -7,7 +7,6 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import fastattn
 
-backends = pytest.mark.parametrize("backend", fastattn.backends().available)
 dtypes = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 )
@@ -36,7 +35,6 @@ def same(ours, torchs, inputs):
 SHAPES = [((3, 5, 8), (8,)), ((3, 5, 8), (5, 8)), ((6,), (6,)), ((2, 3, 4), (2, 3, 4))]
 
 
-@backends
 @dtypes
 @pytest.mark.parametrize(("shape", "normalized_shape"), SHAPES)
 @pytest.mark.parametrize("affine", ["none", "weight", "bias", "both"])
@@ -52,7 +50,6 @@ def test_layer_norm_is_torchs(backend, dtype, shape, normalized_shape, affine):
     )
 
 
-@backends
 @dtypes
 @pytest.mark.parametrize(("shape", "normalized_shape"), SHAPES)
 @pytest.mark.parametrize("eps", [None, 1e-3])
@@ -65,7 +62,6 @@ def test_rms_norm_is_torchs(backend, dtype, shape, normalized_shape, eps):
     )
 
 
-@backends
 def test_float32_weights_on_bfloat16(backend):
     (x,) = leaves((4, 8), dtype=torch.bfloat16)
     weight, bias = leaves((8,), (8,), dtype=torch.float32)
@@ -79,7 +75,6 @@ def test_float32_weights_on_bfloat16(backend):
     assert torch.autograd.grad(out.sum(), weight)[0].dtype is torch.float32
 
 
-@backends
 @pytest.mark.parametrize(
     ("x_dtype", "dtype"), [(torch.float32, torch.float16), (torch.float16, torch.bfloat16)]
 )
@@ -92,7 +87,6 @@ def test_rms_norm_takes_a_weight_of_any_dtype(backend, x_dtype, dtype):
     torch.testing.assert_close(out, expected.to(x_dtype))
 
 
-@backends
 @pytest.mark.parametrize(
     ("name", "dropout_p"),
     [
@@ -121,7 +115,6 @@ def test_first_and_second_derivatives(backend, name, dropout_p):
     assert gradgradcheck(function, (*leading, *affine))
 
 
-@backends
 @dtypes
 @pytest.mark.parametrize("rms", [False, True])
 def test_fused_residual_is_the_sum_and_its_norm(backend, dtype, rms):
@@ -138,7 +131,6 @@ def test_fused_residual_is_the_sum_and_its_norm(backend, dtype, rms):
     same(normed + new_residual, norm(x + residual, (8,), weight) + (x + residual), [x, weight])
 
 
-@backends
 def test_residual_dropout(backend):
     x, residual = leaves((64, 33), (64, 33), dtype=torch.float32)
 
@@ -154,7 +146,6 @@ def test_residual_dropout(backend):
     assert (branch(1.0) == 0).all()
 
 
-@backends
 def test_only_one_output_is_used(backend):
     x, residual, weight = leaves((3, 8), (3, 8), (8,))
     normed, new_residual = fastattn.add_layer_norm(x, residual, (8,), weight, backend=backend)
@@ -164,7 +155,6 @@ def test_only_one_output_is_used(backend):
     assert grad.isfinite().all()
 
 
-@backends
 def test_values_that_are_hard(backend):
     g = torch.Generator().manual_seed(0)
     x = 1e4 + torch.randn(4, 256, generator=g)
@@ -181,7 +171,6 @@ def test_values_that_are_hard(backend):
     assert fastattn.rms_norm(large, (64,), backend=backend).isfinite().all()
 
 
-@backends
 def test_rows_of_one_number(backend):
     x, weight, bias = leaves((4, 1), (1,), (1,))
     y = fastattn.layer_norm(x, (1,), weight, bias, backend=backend)
@@ -190,7 +179,6 @@ def test_rows_of_one_number(backend):
     assert (dx == 0).all() and (dweight == 0).all() and (dbias == 4).all()
 
 
-@backends
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0, 8)])
 def test_no_rows(backend, shape):
     x, weight, bias = leaves(shape, (8,), (8,))
@@ -200,13 +188,11 @@ def test_no_rows(backend, shape):
     assert grads[0].shape == shape and (grads[1] == 0).all() and (grads[2] == 0).all()
 
 
-@backends
 def test_rows_without_numbers(backend):
     y = fastattn.layer_norm(torch.zeros(4, 0), (0,), backend=backend)
     assert y.shape == (4, 0)
 
 
-@backends
 def test_strides(backend):
     (x,) = leaves((8, 6, 5))
     for view in (x.permute(2, 1, 0), x[::2, :, 1:4], x[:, :1].expand(8, 6, 5), x.mT):

@@ -10,7 +10,6 @@ from torch.autograd import gradcheck, gradgradcheck
 import fastattn
 
 INF = math.inf
-backends = pytest.mark.parametrize("backend", fastattn.backends().available)
 pairs = pytest.mark.parametrize(
     ("ours", "torchs"), [(fastattn.softmax, F.softmax), (fastattn.log_softmax, F.log_softmax)]
 )
@@ -21,7 +20,6 @@ def leaf(*shape, dtype=torch.float64):
     return torch.randn(shape, generator=g, dtype=dtype).requires_grad_()
 
 
-@backends
 @pairs
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize(
@@ -43,7 +41,6 @@ def test_as_torch(backend, ours, torchs, dtype, shape, dim):
     )
 
 
-@backends
 @pairs
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
@@ -73,7 +70,6 @@ MASKS = {
 }
 
 
-@backends
 @pairs
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("dim", [-1, 1])
@@ -94,7 +90,6 @@ def test_scale_and_mask(backend, ours, torchs, mask, dim):
     torch.testing.assert_close(got, torch.where(blind, 0.0, expected))
 
 
-@backends
 @pairs
 def test_first_and_second_derivatives(backend, ours, torchs):
     x, mask = leaf(3, 5), leaf(1, 5)
@@ -106,7 +101,6 @@ def test_first_and_second_derivatives(backend, ours, torchs):
     assert gradgradcheck(lambda x: ours(x, mask=kept, **keywords)[:, kept], x)
 
 
-@backends
 @pairs
 @pytest.mark.parametrize(
     "row",
@@ -117,7 +111,6 @@ def test_rows_that_are_special(backend, ours, torchs, row):
     torch.testing.assert_close(ours(x, backend=backend), torchs(x, -1), equal_nan=True)
 
 
-@backends
 @pairs
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0,)])
 def test_nothing(backend, ours, torchs, shape):
@@ -127,7 +120,6 @@ def test_nothing(backend, ours, torchs, shape):
     assert torch.autograd.grad(y.sum(), x)[0].shape == shape
 
 
-@backends
 @pairs
 def test_strides(backend, ours, torchs):
     x = leaf(8, 6, 5)
@@ -141,7 +133,6 @@ def test_strides(backend, ours, torchs):
             )
 
 
-@backends
 def test_wide_rows(backend):
     x = leaf(2, 300_000, dtype=torch.float32)
     torch.testing.assert_close(fastattn.softmax(x, backend=backend), F.softmax(x, -1))

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from here import BACKENDS, KERNELS
 
-import fastattn
 from fastattn import proof, testing
 from fastattn.cases import AttentionCase, LayerNormCase, SoftmaxCase
 
@@ -111,9 +111,7 @@ def test_a_changing_thread_count(backend):
 
 # -------------------------------------------------------------------------------------- processes
 
-KERNELS = pytest.mark.parametrize(
-    "backend", [name for name in fastattn.backends().available if name != "reference"]
-)
+kernels = pytest.mark.parametrize("backend", KERNELS)
 SMALL = [CASES[0], CASES[4], CASES[12], CASES[14]]
 
 
@@ -124,7 +122,7 @@ def work(backend, queue):
     queue.put([[x.tolist() for x in run(*job, backend)] for job in jobs])
 
 
-@KERNELS
+@kernels
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_worker_process(method, backend):
     """A child made after this process ran kernels on several threads."""
@@ -163,7 +161,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
-@KERNELS
+@kernels
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_first_call_of_all_in_a_forked_child(backend):
     code = f"import sys; sys.path[:] = {sys.path!r}\n{FIRST_CALL_IN_A_CHILD}"
@@ -190,7 +188,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) * 1024 - ours
 """
 
 
-@pytest.mark.skipif("cpu" not in fastattn.backends().available, reason="no CPU kernels here")
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="no CPU kernels here")
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in KiB on Linux")
 @pytest.mark.parametrize(
     ("count", "heads", "mask"),

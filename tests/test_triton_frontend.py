@@ -73,3 +73,27 @@ def test_front_end(case, launches):
     assert launches
     for variant in launches:
         front_end(variant)
+
+
+@pytest.mark.parametrize("bias_shape", [(70_000, 2, 40, 50), (1, 1, 40, 50), (70_000, 2, 1, 50)])
+def test_more_heads_than_a_grid_has_rows(bias_shape):
+    """CUDA takes 65,535 programs in all dimensions of a grid but the first."""
+    from fastattn.backends.base import AttentionCall
+    from fastattn.backends.triton import attention_backward, attention_forward
+
+    with torch.device("meta"):
+        q = torch.empty(70_000, 2, 40, 16, dtype=torch.bfloat16)
+        k = torch.empty(70_000, 1, 50, 16, dtype=torch.bfloat16)
+        bias, lse = torch.empty(bias_shape, dtype=q.dtype), torch.empty(70_000, 2, 40)
+    call = AttentionCall(
+        q, k, k, bias.expand(70_000, 2, 40, 50), None, None, None, 0.25, 0.0, -1, -1, 0, 0.0
+    )
+    decode = call._replace(q=q[:, :, :1], bias=bias[:, :, :1].expand(70_000, 2, 1, 50))
+    needs = (True, True, True, True, False)
+    launches = [
+        *attention_forward.forward_launches(call, q, lse, "sm_90"),
+        *attention_forward.forward_launches(decode, decode.q, lse[:, :, :1], "sm_90"),
+        *attention_backward.BackwardPlan(call, q, None, q, lse, needs, "sm_90").launches,
+    ]
+    for launch in launches:
+        assert all(n <= 65_535 for n in launch.grid[1:]), launch.function

@@ -145,4 +145,5 @@ def test_the_host_side_of_a_call_is_measured():
     """Microseconds, of which nobody should notice more than a few dozen."""
     costs = overhead.host_microseconds()
     assert len(costs) == 6
-    assert all(0 < cost < 2000 for cost in costs.values())
+    for cost in costs.values():
+        assert 0 < cost.triton < 1000 and 0 < cost.ours < 2000

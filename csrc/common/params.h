@@ -48,7 +48,7 @@ struct AttentionParams {
   View q, k, v;
   View out;  // forward: written; backward: read
   // (batch, q_heads, q_len), contiguous, statistics dtype: as out. lse_low is what rounding took
-  // off lse, so that their sum is twice as exact; the backward may have none.
+  // off lse, so that their sum is twice as exact; null where nobody asks for it.
   void *lse, *lse_low;
   View bias;  // no data: no bias; stride 0 on broadcast dimensions
   DType bias_dtype;
@@ -89,7 +89,7 @@ struct LayerNormParams {
   const void *weight, *bias;  // (width,), or null
   DType weight_dtype, bias_dtype;
   void *y, *new_residual;  // forward
-  void *mean, *rstd;       // (rows,), statistics dtype; written by the forward; RMS: no mean
+  void *mean, *rstd;       // (rows,), statistics dtype; the forward writes those it is given
   double eps;
   bool rms;
   Dropout dropout;

@@ -13,6 +13,9 @@ struct Philox {
 
   FASTATTN_HD static Philox at(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+#ifdef __CUDACC__
+#pragma unroll 1  // kernels inline it dozens of times: unrolled, it would be most of their code
+#endif
     for (int round = 0; round < 10; ++round) {
       const uint64_t p0 = 0xD2511F53ull * c0, p1 = 0xCD9E8D57ull * c2;
       c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;

@@ -89,8 +89,9 @@ class ForwardResults {
     if (c < width) store_n(dst + c, load_n(out + c, width - c) * f, width - c);
     const A lse = A(max + log_sum);
     static_cast<A*>(p_.lse)[row(b, h, i)] = lse;
-    static_cast<A*>(p_.lse_low)[row(b, h, i)] =
-        std::isfinite(lse) ? A((max - double(lse)) + log_sum) : A(0);
+    if (p_.lse_low)
+      static_cast<A*>(p_.lse_low)[row(b, h, i)] =
+          std::isfinite(lse) ? A((max - double(lse)) + log_sum) : A(0);
   }
 
   const AttentionParams& p_;

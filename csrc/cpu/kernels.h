@@ -22,4 +22,7 @@ void layer_norm_backward(const LayerNormParams& params, const LayerNormGrads& gr
 void softmax_forward(const SoftmaxParams& params);
 void softmax_backward(const SoftmaxGrads& grads);
 
+// Operations a second of bare multiply-adds on operands of a dtype: what no kernel can exceed.
+double multiply_add_rate(DType dtype, int threads);
+
 }  // namespace fastattn

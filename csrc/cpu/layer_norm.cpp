@@ -1,4 +1,5 @@
 // Layer norm and RMS norm of residual + dropout(x), forward and backward.
+#include <array>
 #include <cmath>
 #include <vector>
 
@@ -14,49 +15,69 @@ struct Moments {
   double mean, variance;  // RMS: 0 and the mean square
 };
 
-// Sums of x - centre and its square over n numbers of the first-level cache.
-template <typename T>
-FASTATTN_INLINE std::array<Acc<T>, 2> sums_around(Acc<T> centre, const T* x, int64_t n) {
+// Of each row: the sums of x - centre and of its square over n numbers of the first-level cache.
+template <typename T, int kRows>
+FASTATTN_INLINE auto sums_around(const Acc<T> (&centre)[kRows], const T* const (&x)[kRows],
+                                 int64_t n) {
   using A = Acc<T>;
-  const Vec<A> centres = set1(centre);
-  return sum_vectors<T, 2>(n, [&](Vec<A>(&acc)[2], int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
-    const Vec<A> d = lanes.keep(lanes.load(x + j) - centres, A(0));
-    acc[0] = acc[0] + d;
-    acc[1] = fma(d, d, acc[1]);
-  });
+  Vec<A> centres[kRows];
+  for (int r = 0; r < kRows; ++r) centres[r] = set1(centre[r]);
+  return sum_vectors<T, 2 * kRows>(
+      n, [&](Vec<A>(&acc)[2 * kRows], int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+        for (int r = 0; r < kRows; ++r) {
+          const Vec<A> d = lanes.keep(lanes.load(x[r] + j) - centres[r], A(0));
+          acc[2 * r] = acc[2 * r] + d;
+          acc[2 * r + 1] = fma(d, d, acc[2 * r + 1]);
+        }
+      });
 }
 
-// Mean and variance of a row in one walk through memory, block by block, the blocks joined as Chan
-// et al. (1979) do. Everything is relative to the row's first number, so that a constant row has
-// the variance 0 and its mean exactly. A block's sums are taken around the mean of its first
-// numbers; where that is far from the block's own, which would cost digits of the variance, around
-// that.
-template <typename T>
-FASTATTN_NOINLINE Moments moments(const T* x, int64_t n) {
+// Mean and variance of rows, in one walk through memory, block by block, the blocks joined as Chan
+// et al. (1979) do; of two rows at once, since one alone waits for its own sums more than it adds.
+// Everything is relative to the row's first number, so that a constant row has the variance 0 and
+// its mean exactly. A block's sums are taken around the mean of its first numbers; where that is
+// far from the block's own, which would cost digits of the variance, around that.
+template <typename T, int kRows>
+FASTATTN_NOINLINE void moments(const T* const (&x)[kRows], int64_t n, Moments (&out)[kRows]) {
   using A = Acc<T>;
   constexpr int64_t kHead = 4 * Vec<A>::kWidth;
-  const A pivot = to_acc(x[0]);
-  double mean = 0, squares = 0;  // of x - pivot, over the blocks so far
+  A pivot[kRows];
+  double mean[kRows], squares[kRows];  // of x - pivot, over the blocks so far
+  for (int r = 0; r < kRows; ++r) {
+    pivot[r] = to_acc(x[r][0]);
+    mean[r] = squares[r] = 0;
+  }
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t m = std::min(kBlock, n - begin), head = std::min(kHead, m);
-    const T* block = x + begin;
-    A centre = pivot + sums_around(pivot, block, head)[0] / A(head);
-    auto [first, second] = sums_around(centre, block, m);
-    if (first * first > A(m) * second / 4) {
-      centre = centre + first / A(m);
-      const auto again = sums_around(centre, block, m);
-      first = again[0];
-      second = again[1];
+    const double share = double(m) / double(begin + m);
+    const T* block[kRows];
+    for (int r = 0; r < kRows; ++r) block[r] = x[r] + begin;
+    const auto first_sums = sums_around<T, kRows>(pivot, block, head);
+    A centre[kRows];
+    for (int r = 0; r < kRows; ++r) centre[r] = pivot[r] + first_sums[size_t(2 * r)] / A(head);
+    const auto sums = sums_around<T, kRows>(centre, block, m);
+    for (int r = 0; r < kRows; ++r) {
+      A first = sums[size_t(2 * r)], second = sums[size_t(2 * r + 1)];
+      if (first * first > A(m) * second / 4) {
+        const A nearer[] = {centre[r] + first / A(m)};
+        const T* const row[] = {block[r]};
+        const auto again = sums_around<T, 1>(nearer, row, m);
+        centre[r] = nearer[0];
+        first = again[0];
+        second = again[1];
+      }
+      const double s1 = first, s2 = second;
+      const double block_mean = (double(centre[r]) - double(pivot[r])) + s1 / double(m);
+      const double delta = block_mean - mean[r];
+      mean[r] += delta * share;
+      squares[r] += s2 - s1 * s1 / double(m) + delta * delta * double(begin) * share;
     }
-    const double s1 = first, s2 = second;
-    const double block_mean = (double(centre) - double(pivot)) + s1 / double(m);
-    const double delta = block_mean - mean, share = double(m) / double(begin + m);
-    mean += delta * share;
-    squares += s2 - s1 * s1 / double(m) + delta * delta * double(begin) * share;
   }
-  const double variance = squares / double(n);
-  // Rounding may leave a tiny negative one; NaN stays.
-  return {double(pivot) + mean, variance < 0 ? 0.0 : variance};
+  for (int r = 0; r < kRows; ++r) {
+    const double variance = squares[r] / double(n);
+    // Rounding may leave a tiny negative one; NaN stays.
+    out[r] = {double(pivot[r]) + mean[r], variance < 0 ? 0.0 : variance};
+  }
 }
 
 template <typename T>
@@ -127,6 +148,61 @@ class Weights {
   const A* values_;
 };
 
+template <typename T, int kRows>
+void forward_group(int64_t first, const LayerNormParams& p, const Acc<T>* weight,
+                   const Acc<T>* bias, bool past_cache) {
+  using A = Acc<T>;
+  const int64_t n = p.width;
+  const T* x[kRows];
+  T* y[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    const int64_t row = first + r;
+    x[r] = static_cast<const T*>(p.x.data) + p.rows.offset(row, p.x);
+    y[r] = static_cast<T*>(p.y) + row * n;
+    if (p.new_residual) {
+      T* h = static_cast<T*>(p.new_residual) + row * n;
+      const T* residual = static_cast<const T*>(p.residual.data) + p.rows.offset(row, p.residual);
+      add_row(h, residual, x[r], p.dropout, row, n);
+      x[r] = h;
+    }
+  }
+  Moments moment[kRows];
+  if (p.rms)
+    for (int r = 0; r < kRows; ++r) moment[r] = mean_square(x[r], n);
+  else
+    moments<T, kRows>(x, n, moment);
+
+  // y = ((x - centre) - rest) rstd weight + bias, where centre + rest is the mean to more digits
+  // than one number holds: a mean of 1e4 must not cost the last digits of y.
+  Vec<A> centre[kRows], scale[kRows], rest[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    const double mean = moment[r].mean, rstd = 1 / std::sqrt(moment[r].variance + p.eps);
+    if (p.mean) static_cast<A*>(p.mean)[first + r] = A(mean);
+    if (p.rstd) static_cast<A*>(p.rstd)[first + r] = A(rstd);
+    centre[r] = set1(A(mean));
+    scale[r] = set1(A(rstd));
+    rest[r] = set1(A((double(A(mean)) - mean) * rstd));
+  }
+  const int64_t following = std::min(first + kRows, p.rows.count() - 1);
+  const T* next = static_cast<const T*>(p.x.data) + p.rows.offset(following, p.x);
+  const auto x_hat = [=](int r, int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+    return fma(lanes.load(x[r] + j) - centre[r], scale[r], rest[r]);
+  };
+  if constexpr (kRows == 1)
+    return write_row<T>(y[0], n, past_cache, [=](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+      // Memory is read while it is written; 16-bit rows keep it as busy without.
+      if constexpr (sizeof(T) >= 4) prefetch(next + j);
+      return fma(x_hat(0, j, lanes), lanes.load(weight + j), lanes.load(bias + j));
+    });
+  else
+    write_rows<kRows>(y, n, [=](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+      const Vec<A> w = lanes.load(weight + j), b = lanes.load(bias + j);
+      std::array<Vec<A>, kRows> result;
+      for (int r = 0; r < kRows; ++r) result[size_t(r)] = fma(x_hat(r, j, lanes), w, b);
+      return result;
+    });
+}
+
 template <typename T>
 void forward(const LayerNormParams& p) {
   using A = Acc<T>;
@@ -140,33 +216,10 @@ void forward(const LayerNormParams& p) {
     if (p.new_residual) expect_large_write(p.new_residual, bytes);
   }
   parallel_static(rows, useful_threads(p.threads, rows * n), [&](int64_t begin, int64_t end, int) {
-    for (int64_t row = begin; row < end; ++row) {
-      const T* x = static_cast<const T*>(p.x.data) + p.rows.offset(row, p.x);
-      const T* next =
-          row + 1 < end ? static_cast<const T*>(p.x.data) + p.rows.offset(row + 1, p.x) : x;
-      if (p.new_residual) {
-        T* h = static_cast<T*>(p.new_residual) + row * n;
-        const T* residual = static_cast<const T*>(p.residual.data) + p.rows.offset(row, p.residual);
-        add_row(h, residual, x, p.dropout, row, n);
-        x = h;
-      }
-      const Moments moment = p.rms ? mean_square(x, n) : moments(x, n);
-      const double rstd = 1 / std::sqrt(moment.variance + p.eps);
-      if (!p.rms) static_cast<A*>(p.mean)[row] = A(moment.mean);
-      static_cast<A*>(p.rstd)[row] = A(rstd);
-
-      // y = ((x - centre) - rest) rstd weight + bias, where centre + rest is the mean to more
-      // digits than one number holds: a mean of 1e4 must not cost the last digits of y.
-      const A centre = A(moment.mean);
-      const Vec<A> centres = set1(centre), scale = set1(A(rstd));
-      const Vec<A> rest = set1(A((double(centre) - moment.mean) * rstd));
-      write_row<T>(static_cast<T*>(p.y) + row * n, n, past_cache,
-                   [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
-                     prefetch(next + j);
-                     const Vec<A> x_hat = fma(lanes.load(x + j) - centres, scale, rest);
-                     return fma(x_hat, lanes.load(weight + j), lanes.load(bias + j));
-                   });
-    }
+    int64_t row = begin;
+    if (!past_cache)  // a stream of reads and one of writes is what memory likes best
+      for (; row + 2 <= end; row += 2) forward_group<T, 2>(row, p, weight, bias, false);
+    for (; row < end; ++row) forward_group<T, 1>(row, p, weight, bias, past_cache);
     stream_fence();
   });
 }
@@ -174,31 +227,35 @@ void forward(const LayerNormParams& p) {
 // ---- backward ----------------------------------------------------------------------------------
 
 // A thread's sums of dweight and dbias, in the order of T, over two levels: the first takes kFlush
-// additions, then goes into the second, so that thousands of rows do not add up their rounding.
+// additions, then goes into the second, in float64, so that thousands of rows do not add up their
+// rounding.
 template <typename A>
 class Partials {
  public:
-  explicit Partials(int64_t n) : n_(n), sums_(new A[size_t(4 * n)]()) {}
-  A* dweight() { return sums_.get(); }
-  A* dbias() { return sums_.get() + n_; }
-  const A* total_dweight() const { return sums_.get() + 2 * n_; }
-  const A* total_dbias() const { return sums_.get() + 3 * n_; }
+  explicit Partials(int64_t n)
+      : n_(n), recent_(new A[size_t(2 * n)]()), total_(new double[size_t(2 * n)]()) {}
+  A* dweight() { return recent_.get(); }
+  A* dbias() { return recent_.get() + n_; }
+  const double* total_dweight() const { return total_.get(); }
+  const double* total_dbias() const { return total_.get() + n_; }
   void added() {
     if (++pending_ == kFlush) flush();
   }
   void flush() {
-    A *recent = sums_.get(), *total = recent + 2 * n_;
-    each_vector<A>(2 * n_, [&](auto, int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
-      lanes.store(total + j, lanes.load(total + j) + lanes.load(recent + j));
-      lanes.store(recent + j, zero<A>());
-    });
+    A* recent = recent_.get();
+    double* total = total_.get();
+    for (int64_t j = 0; j < 2 * n_; ++j) {
+      total[j] += double(recent[j]);
+      recent[j] = 0;
+    }
     pending_ = 0;
   }
 
  private:
   static constexpr int kFlush = 16;
   int64_t n_;
-  std::unique_ptr<A[]> sums_;
+  std::unique_ptr<A[]> recent_;
+  std::unique_ptr<double[]> total_;
   int pending_ = 0;
 };
 
@@ -207,11 +264,11 @@ template <typename T>
 struct BackwardRow {
   const T *x, *dy;
   Acc<T> mean, rstd;
-  double sum_g, sum_gd;
+  double sum_g, sum_gd, sum_d;
 };
 
 // First pass over kRows rows at once, so that dweight, dbias and the weights are loaded once for
-// all: sum_g = sum(g), sum_gd = sum(g d), dweight += dy x_hat, dbias += dy.
+// all: sum_g = sum(g), sum_gd = sum(g d), sum_d = sum(d), dweight += dy x_hat, dbias += dy.
 template <typename T, int kRows, bool kPartials>
 FASTATTN_NOINLINE void backward_sums(BackwardRow<T>* rows, const Acc<T>* weight, Acc<T>* dweight,
                                      Acc<T>* dbias, int64_t n) {
@@ -225,11 +282,11 @@ FASTATTN_NOINLINE void backward_sums(BackwardRow<T>* rows, const Acc<T>* weight,
     dy[r] = rows[r].dy;
   }
   constexpr int64_t kRun = 512;  // sums over two levels, as in sum_vectors
-  Vec<A> total_g[kRows], total_gd[kRows];
-  for (int r = 0; r < kRows; ++r) total_g[r] = total_gd[r] = zero<A>();
+  Vec<A> total_g[kRows], total_gd[kRows], total_d[kRows];
+  for (int r = 0; r < kRows; ++r) total_g[r] = total_gd[r] = total_d[r] = zero<A>();
   for (int64_t begin = 0; begin < n; begin += kRun) {
-    Vec<A> sum_g[kRows], sum_gd[kRows];
-    for (int r = 0; r < kRows; ++r) sum_g[r] = sum_gd[r] = zero<A>();
+    Vec<A> sum_g[kRows], sum_gd[kRows], sum_d[kRows];
+    for (int r = 0; r < kRows; ++r) sum_g[r] = sum_gd[r] = sum_d[r] = zero<A>();
     each_vector<T>(std::min(kRun, n - begin),
                    [&](auto, int64_t i, auto lanes) FASTATTN_INLINE_LAMBDA {
                      const int64_t j = begin + i;
@@ -242,6 +299,7 @@ FASTATTN_NOINLINE void backward_sums(BackwardRow<T>* rows, const Acc<T>* weight,
                        const Vec<A> g = up * w;
                        sum_g[r] = sum_g[r] + g;
                        sum_gd[r] = fma(g, d, sum_gd[r]);
+                       sum_d[r] = sum_d[r] + d;
                        if (kPartials) {
                          dw = fma(up, d * rstd[r], dw);
                          db = db + up;
@@ -255,47 +313,89 @@ FASTATTN_NOINLINE void backward_sums(BackwardRow<T>* rows, const Acc<T>* weight,
     for (int r = 0; r < kRows; ++r) {
       total_g[r] = total_g[r] + sum_g[r];
       total_gd[r] = total_gd[r] + sum_gd[r];
+      total_d[r] = total_d[r] + sum_d[r];
     }
   }
   for (int r = 0; r < kRows; ++r) {
     rows[r].sum_g = hsum(total_g[r]);
     rows[r].sum_gd = hsum(total_gd[r]);
+    rows[r].sum_d = hsum(total_d[r]);
   }
 }
 
 // Second pass, of one row:
 //   dh = rstd (g - mean(g) - x_hat mean(g x_hat)) + dnew_residual;  RMS: without mean(g)
 //   dresidual = dh, dx = dropout(dh)
+// This is dh without dnew_residual.
 template <typename T>
-FASTATTN_NOINLINE void backward_row(const BackwardRow<T>& row, const LayerNormParams& p,
-                                    const LayerNormGrads& grads, const Acc<T>* weight,
-                                    int64_t index, const BackwardRow<T>& next, bool past_cache) {
+class ThroughNorm {
   using A = Acc<T>;
-  const int64_t n = p.width;
-  double rstd = row.rstd, pull = -rstd * rstd * rstd * row.sum_gd / double(n);
-  if (n == 1) {
-    // A row of one number is its own mean, or but for eps its own root mean square: what is left of
-    // the gradient, eps rstd^3 g if anything, would be lost in the difference of the two terms.
-    rstd = p.rms ? rstd * rstd * rstd * p.eps : 0.0;
-    pull = 0;
+
+ public:
+  ThroughNorm(const BackwardRow<T>& row, const BackwardRow<T>& next, const LayerNormParams& p)
+      : x_(row.x), dy_(row.dy), next_x_(next.x), next_dy_(next.dy) {
+    // What rounding took off the mean is the same in every d, and shows where they are small.
+    const double n = double(p.width), rest = p.rms ? 0.0 : row.sum_d / n;
+    const double sum_gd = row.sum_gd - rest * row.sum_g;
+    double rstd = row.rstd, pull = -rstd * rstd * rstd * sum_gd / n;
+    const double mean_g = (p.rms ? 0.0 : row.sum_g / n) - rest * rstd * rstd * sum_gd / n;
+    if (p.width == 1) {
+      // A row of one number is its own mean, or but for eps its own root mean square: what is left
+      // of the gradient, eps rstd^3 g if anything, would be lost in the difference of the terms.
+      rstd = p.rms ? rstd * rstd * rstd * p.eps : 0.0;
+      pull = 0;
+    }
+    mean_ = set1(row.mean);
+    scale_ = set1(A(rstd));
+    mean_g_ = set1(A(mean_g));
+    slope_ = set1(A(pull));
   }
-  const Vec<A> mean = set1(row.mean), scale = set1(A(rstd));
-  const Vec<A> mean_g = set1(p.rms ? A(0) : A(row.sum_g / double(n)));
-  const Vec<A> slope = set1(A(pull));
-  const auto through_norm = [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
-    prefetch(next.x + j);
-    prefetch(next.dy + j);
-    const Vec<A> g = lanes.load(row.dy + j) * lanes.load(weight + j);
-    const Vec<A> d = lanes.load(row.x + j) - mean;
-    return fma(d, slope, (g - mean_g) * scale);
-  };
-  T* dx = grads.dx ? static_cast<T*>(grads.dx) + index * n : nullptr;
-  T* dresidual = grads.dresidual ? static_cast<T*>(grads.dresidual) + index * n : nullptr;
-  if (!grads.dnew_residual && !dresidual && p.dropout.p == 0) {
-    if (dx) write_row<T>(dx, n, past_cache, through_norm);
-    return;
+  template <typename Lanes>
+  FASTATTN_INLINE Vec<A> operator()(int64_t j, Lanes lanes, Vec<A> weight) const {
+    const Vec<A> g = lanes.load(dy_ + j) * weight, d = lanes.load(x_ + j) - mean_;
+    return fma(d, slope_, (g - mean_g_) * scale_);
+  }
+  // Fetches the same numbers of the row that will take this one's place in the cache.
+  FASTATTN_INLINE void fetch_next(int64_t j) const {
+    prefetch(next_x_ + j);
+    prefetch(next_dy_ + j);
   }
 
+ private:
+  const T *x_, *dy_, *next_x_, *next_dy_;
+  Vec<A> mean_, scale_, mean_g_, slope_;
+};
+
+// dx of kRows rows at once, where it is dh.
+template <typename T, int kRows>
+FASTATTN_NOINLINE void backward_rows(const ThroughNorm<T> (&rows)[kRows], T* const (&dx)[kRows],
+                                     const Acc<T>* weight, int64_t n, bool past_cache) {
+  using A = Acc<T>;
+  if constexpr (kRows == 1) {
+    const ThroughNorm<T> dh = rows[0];
+    write_row<T>(dx[0], n, past_cache, [=](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+      dh.fetch_next(j);
+      return dh(j, lanes, lanes.load(weight + j));
+    });
+  } else {
+    const std::array<ThroughNorm<T>, kRows> dh{rows[0], rows[1]};
+    static_assert(kRows == 2);
+    write_rows<kRows>(dx, n, [=](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+      const Vec<A> w = lanes.load(weight + j);
+      return std::array<Vec<A>, kRows>{dh[0](j, lanes, w), dh[1](j, lanes, w)};
+    });
+  }
+}
+
+// dx and dresidual of a row in general.
+template <typename T>
+FASTATTN_NOINLINE void backward_row(const ThroughNorm<T>& through_norm, const LayerNormParams& p,
+                                    const LayerNormGrads& grads, const Acc<T>* weight,
+                                    int64_t index, bool past_cache) {
+  using A = Acc<T>;
+  const int64_t n = p.width;
+  T* dx = grads.dx ? static_cast<T*>(grads.dx) + index * n : nullptr;
+  T* dresidual = grads.dresidual ? static_cast<T*>(grads.dresidual) + index * n : nullptr;
   const T* dnew = nullptr;
   if (grads.dnew_residual)
     dnew =
@@ -304,7 +404,8 @@ FASTATTN_NOINLINE void backward_row(const BackwardRow<T>& row, const LayerNormPa
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t m = std::min(kBlock, n - begin);
     each_vector<T>(m, [&](auto, int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
-      const Vec<A> v = through_norm(begin + j, lanes);
+      through_norm.fetch_next(begin + j);
+      const Vec<A> v = through_norm(begin + j, lanes, lanes.load(weight + begin + j));
       lanes.store(dh + j, dnew ? v + lanes.load(dnew + begin + j) : v);
     });
     if (dresidual)
@@ -349,11 +450,26 @@ void backward_group(int64_t first, BackwardRow<T>* rows, const LayerNormParams& 
     backward_sums<T, kRows, false>(rows, weight, nullptr, nullptr, p.width);
   }
   if (!grads.dx && !grads.dresidual) return;
+  const auto through_norm = [&](int r) {
+    const int64_t following = first + r + kRows;  // takes this one's place in the cache
+    return ThroughNorm<T>(rows[r], following < p.rows.count() ? locate(following) : rows[r], p);
+  };
+  if (grads.dnew_residual || grads.dresidual || p.dropout.p > 0) {
+    for (int r = 0; r < kRows; ++r)
+      backward_row(through_norm(r), p, grads, weight, first + r, past_cache);
+    return;
+  }
+  const auto dx = [&](int r) { return static_cast<T*>(grads.dx) + (first + r) * p.width; };
+  if (kRows == 2 && !past_cache) {
+    const ThroughNorm<T> both[] = {through_norm(0), through_norm(1)};
+    T* const out[] = {dx(0), dx(1)};
+    backward_rows<T, 2>(both, out, weight, p.width, false);
+    return;
+  }
   for (int r = 0; r < kRows; ++r) {
-    // The row of the next group that takes this one's place in the cache.
-    const int64_t following = first + r + kRows;
-    const BackwardRow<T> next = following < p.rows.count() ? locate(following) : rows[r];
-    backward_row(rows[r], p, grads, weight, first + r, next, past_cache);
+    const ThroughNorm<T> row[] = {through_norm(r)};
+    T* const out[] = {dx(r)};
+    backward_rows<T, 1>(row, out, weight, p.width, past_cache);
   }
 }
 
@@ -393,15 +509,20 @@ void backward(const LayerNormParams& p, const LayerNormGrads& grads) {
   if (!want_partials) return;
 
   // The threads' sums in their order: the same at every run.
-  const auto reduce = [&](void* out, DType dtype, const A* (Partials<A>::*total)() const) {
+  const std::unique_ptr<double[]> sum = scratch<double>(n), natural = scratch<double>(n);
+  const auto reduce = [&](void* out, DType dtype, const double* (Partials<A>::*total)() const) {
     if (!out) return;
-    const std::unique_ptr<A[]> sum(new A[size_t(n)]());
-    for (const auto& partial : partials)
-      if (partial)
-        for (int64_t j = 0; j < n; ++j) sum[j] += ((*partial).*total)()[j];
-    const std::unique_ptr<A[]> natural = scratch<A>(n);
-    from_order_of<T>(natural.get(), sum.get(), n);
-    narrow_row(out, natural.get(), dtype, n);
+    const double* first = (*partials[0].*total)();  // every thread had a row
+    for (size_t t = 1; t < partials.size(); ++t) {
+      const double* other = (*partials[t].*total)();
+      for (int64_t j = 0; j < n; ++j) sum[j] = first[j] + other[j];
+      first = sum.get();
+    }
+    if (kPaired<T>) {
+      from_order_of<T>(natural.get(), first, n);
+      first = natural.get();
+    }
+    narrow_row(out, first, dtype, n);
   };
   reduce(grads.dweight, p.weight_dtype, &Partials<A>::total_dweight);
   reduce(grads.dbias, p.bias_dtype, &Partials<A>::total_dbias);

@@ -1,5 +1,6 @@
 // The binding, compiled once for any processor of the architecture and linked into every module:
-// _cpu_baseline, _cpu_avx2, ... (setup.py). Raw addresses in; the callers have checked everything.
+// _cpu_baseline, _cpu_avx2, ... (setup.py). The callers have checked everything, and allocated what
+// is written.
 #include <pybind11/pybind11.h>
 
 #include "bind.h"
@@ -49,113 +50,55 @@ py::list usable_isas() {
   return names;
 }
 
-// ---- layer norm and softmax
-// ----------------------------------------------------------------------
+// ---- one function for each direction of each family --------------------------------------------
 
-// sizes: n0, n1, n2 (the rows), width, dtype, weight_dtype, bias_dtype, rms, threads.
-// addresses: weight, bias, mean, rstd; 0 for none.
-LayerNormParams layer_norm_params(const py::tuple& sizes, const py::object& x,
-                                  const py::object& residual, const py::tuple& addresses,
-                                  double eps, const py::object& dropped) {
-  int64_t n[9], a[4];
-  int_tuple(sizes, "sizes", n);
-  int_tuple(addresses, "addresses", a);
-  LayerNormParams p{};
-  p.rows = {n[0], n[1], n[2]};
-  p.width = n[3];
-  p.dtype = DType(n[4]);
-  p.weight_dtype = DType(n[5]);
-  p.bias_dtype = DType(n[6]);
-  p.rms = n[7] != 0;
-  p.threads = int(n[8]);
-  p.x = view(x);
-  p.residual = view(residual);
-  p.weight = pointer(a[0]);
-  p.bias = pointer(a[1]);
-  p.mean = pointer(a[2]);
-  p.rstd = pointer(a[3]);
-  p.eps = eps;
-  p.dropout = dropout(dropped);
-  return p;
+void bind_attention_forward(const py::handle& call, const py::handle& out, const py::handle& lse,
+                            const py::handle& lse_low, int threads) {
+  const AttentionParams p = attention_params(call, out, lse, lse_low, threads);
+  const py::gil_scoped_release unlocked;
+  attention_forward(p);
 }
 
-// outputs: y, new_residual.
-void bind_layer_norm_forward(const py::tuple& sizes, const py::object& x,
-                             const py::object& residual, const py::tuple& addresses, double eps,
-                             const py::object& dropped, const py::tuple& outputs) {
-  LayerNormParams p = layer_norm_params(sizes, x, residual, addresses, eps, dropped);
-  int64_t out[2];
-  int_tuple(outputs, "outputs", out);
-  p.y = pointer(out[0]);
-  p.new_residual = pointer(out[1]);
-  const py::gil_scoped_release release;
+// results: out, lse, lse_low of the forward.
+void bind_attention_backward(const py::handle& call, const py::handle& results,
+                             const py::handle& dout, const py::handle& dlse,
+                             const py::handle& outputs, int threads) {
+  expect_tuple(results, 3, "results");
+  const AttentionParams p =
+      attention_params(call, field(results, 0), field(results, 1), field(results, 2), threads);
+  const AttentionGrads grads = attention_grads(dout, dlse, outputs);
+  const py::gil_scoped_release unlocked;
+  attention_backward(p, grads);
+}
+
+void bind_layer_norm_forward(const py::handle& call, const py::handle& walk,
+                             const py::handle& outputs, int threads) {
+  const LayerNormParams p = layer_norm_forward_params(call, walk, outputs, threads);
+  const py::gil_scoped_release unlocked;
   layer_norm_forward(p);
 }
 
-// outputs: dx, dresidual, dweight, dbias; 0 where not asked for.
-void bind_layer_norm_backward(const py::tuple& sizes, const py::object& x,
-                              const py::tuple& addresses, double eps, const py::object& dropped,
-                              const py::object& dy, const py::object& dnew_residual,
-                              const py::tuple& outputs) {
-  const LayerNormParams p = layer_norm_params(sizes, x, py::none(), addresses, eps, dropped);
-  int64_t out[4];
-  int_tuple(outputs, "outputs", out);
-  LayerNormGrads grads{};
-  grads.dy = view(dy);
-  grads.dnew_residual = view(dnew_residual);
-  grads.dx = pointer(out[0]);
-  grads.dresidual = pointer(out[1]);
-  grads.dweight = pointer(out[2]);
-  grads.dbias = pointer(out[3]);
-  const py::gil_scoped_release release;
+void bind_layer_norm_backward(const py::handle& call, const py::handle& walk_,
+                              const py::handle& mean, const py::handle& rstd,
+                              const py::handle& outputs, int threads) {
+  const Walk walk(walk_, 3, 3);
+  const LayerNormParams p = layer_norm_params(call, walk, mean, rstd, threads);
+  const LayerNormGrads grads = layer_norm_grads(walk, outputs);
+  const py::gil_scoped_release unlocked;
   layer_norm_backward(p, grads);
 }
 
-// sizes: n0, n1, n2 (the rows), width, inner, x dtype, y dtype, log, threads.
-// mask: (view, dtype, inner stride), or None.
-void bind_softmax_forward(const py::tuple& sizes, const py::object& x, const py::object& mask,
-                          double scale, const py::object& y) {
-  int64_t n[9];
-  int_tuple(sizes, "sizes", n);
-  SoftmaxParams p{};
-  p.rows = {n[0], n[1], n[2]};
-  p.width = n[3];
-  p.inner = n[4];
-  p.x_dtype = DType(n[5]);
-  p.y_dtype = DType(n[6]);
-  p.log = n[7] != 0;
-  p.threads = int(n[8]);
-  p.x = view(x);
-  if (!mask.is_none()) {
-    const auto t = mask.cast<py::tuple>();
-    p.mask = view(t[0]);
-    p.mask_dtype = DType(t[1].cast<int>());
-    p.mask_inner = t[2].cast<int64_t>();
-  }
-  p.scale = scale;
-  p.y = address(y);
-  const py::gil_scoped_release release;
+void bind_softmax_forward(const py::handle& call, const py::handle& walk, const py::handle& y,
+                          int threads) {
+  const SoftmaxParams p = softmax_params(call, walk, y, threads);
+  const py::gil_scoped_release unlocked;
   softmax_forward(p);
 }
 
-// sizes as in the forward.
-void bind_softmax_backward(const py::tuple& sizes, const py::object& y, const py::object& dy,
-                           double scale, const py::object& dx) {
-  int64_t n[9];
-  int_tuple(sizes, "sizes", n);
-  SoftmaxGrads p{};
-  p.rows = {n[0], n[1], n[2]};
-  p.width = n[3];
-  p.inner = n[4];
-  p.x_dtype = DType(n[5]);
-  p.y_dtype = DType(n[6]);
-  p.log = n[7] != 0;
-  p.threads = int(n[8]);
-  p.y = view(y);
-  p.dy = view(dy);
-  p.scale = scale;
-  p.dx = address(dx);
-  const py::gil_scoped_release release;
+void bind_softmax_backward(const py::handle& walk, double scale, bool log, const py::handle& dx,
+                           int threads) {
+  const SoftmaxGrads p = softmax_grads(walk, scale, log, dx, threads);
+  const py::gil_scoped_release unlocked;
   softmax_backward(p);
 }
 
@@ -163,17 +106,14 @@ void bind(py::module_& m) {
   m.doc() = "fastattn CPU kernels for one instruction set.";
   m.attr("isa") = isa;
   m.def("usable_isas", &usable_isas);
-  m.def("attention_forward", [](const py::tuple& problem) {
-    const AttentionParams p = attention_params(problem);
+  m.def("use_exchange", &use_exchange);
+  m.def("multiply_add_rate", [](const py::handle& like, int threads) {
+    const DType dtype = dtype_of(tensor(like));
     const py::gil_scoped_release unlocked;
-    attention_forward(p);
+    return multiply_add_rate(dtype, threads);
   });
-  m.def("attention_backward", [](const py::tuple& problem, const py::tuple& gradients) {
-    const AttentionParams p = attention_params(problem);
-    const AttentionGrads g = attention_grads(gradients);
-    const py::gil_scoped_release unlocked;
-    attention_backward(p, g);
-  });
+  m.def("attention_forward", &bind_attention_forward);
+  m.def("attention_backward", &bind_attention_backward);
   m.def("layer_norm_forward", &bind_layer_norm_forward);
   m.def("layer_norm_backward", &bind_layer_norm_backward);
   m.def("softmax_forward", &bind_softmax_forward);

@@ -96,9 +96,9 @@ void to_order_of(A* out, const A* in, int64_t n) {
       }
   std::copy(in + j, in + n, out + j);
 }
-template <typename T, typename A>
-void from_order_of(A* out, const A* in, int64_t n) {
-  constexpr int64_t w = Vec<A>::kWidth;
+template <typename T, typename Number>
+void from_order_of(Number* out, const Number* in, int64_t n) {
+  constexpr int64_t w = Vec<Acc<T>>::kWidth;
   int64_t j = 0;
   if constexpr (kPaired<T>)
     for (; j + 2 * w <= n; j += 2 * w)
@@ -150,6 +150,17 @@ FASTATTN_INLINE void each_vector(int64_t n, const Body& body) {
   if (j < n) body(s0, j, First{int(n - j)});
 }
 
+// Four vectors of a row at once: vector i is the numbers of Lanes<i> from offset<i> on.
+template <typename T>
+struct Four {
+  static constexpr int kCount = 4;
+  static constexpr int64_t kNumbers = kCount * Vec<Acc<T>>::kWidth;
+  template <int i>
+  static constexpr int64_t offset = (kPaired<T> ? i / 2 * 2 : i) * Vec<Acc<T>>::kWidth;
+  template <int i>
+  using Lanes = std::conditional_t<kPaired<T>, HalfPair<i % 2 != 0>, Whole>;
+};
+
 // kSums sums over n numbers, to which add(acc, j, lanes) adds a vector each. Sums are over two
 // levels, so that many small terms are not rounded against one large sum.
 template <typename T, int kSums, typename Add>
@@ -176,12 +187,12 @@ FASTATTN_INLINE std::array<Acc<T>, kSums> sum_vectors(int64_t n, const Add& add)
   return result;
 }
 
-// The maximum of kUnroll vectors; NaN if a lane is.
+// The maximum of kUnroll vectors; unspecified if a lane is NaN.
 template <typename A>
 FASTATTN_INLINE A hmax_of(const Vec<A> (&top)[kUnroll]) {
   Vec<A> m = top[0];
   if constexpr (kUnroll == 4) m = vmax(vmax(m, top[1]), vmax(top[2], top[3]));
-  return hmax(m);
+  return hmax_any(m);
 }
 
 // The numbers before the first address at which stream() may store.
@@ -189,6 +200,28 @@ template <typename T>
 int64_t unaligned_head(const T* p) {
   constexpr uintptr_t bytes = Vec<Acc<T>>::kWidth * sizeof(T);
   return int64_t((bytes - reinterpret_cast<uintptr_t>(p) % bytes) % bytes / sizeof(T));
+}
+
+// Writes value(j, lanes)[r] to out[r][j] for kRows rows at once, in the order of T.
+template <int kRows, typename T, typename Value>
+FASTATTN_INLINE void write_rows(T* const (&out)[kRows], int64_t n, const Value& value) {
+  constexpr int64_t w = Vec<Acc<T>>::kWidth;
+  int64_t j = 0;
+#if defined(FASTATTN_X86_VECTORS)
+  if constexpr (kPaired<T>)
+    for (; j + 2 * w <= n; j += 2 * w) {
+      const auto even = value(j, HalfPair<false>{}), odd = value(j, HalfPair<true>{});
+      for (int r = 0; r < kRows; ++r) store_pair(out[r] + j, even[size_t(r)], odd[size_t(r)]);
+    }
+#endif
+  for (; j + w <= n; j += w) {
+    const auto x = value(j, Whole{});
+    for (int r = 0; r < kRows; ++r) store(out[r] + j, x[size_t(r)]);
+  }
+  if (j == n) return;
+  const First tail{int(n - j)};
+  const auto x = value(j, tail);
+  for (int r = 0; r < kRows; ++r) tail.store(out[r] + j, x[size_t(r)]);
 }
 
 // Writes value(j, lanes) to out[j], in the order of Order: T, or Acc<T> for j as it is.

@@ -47,19 +47,26 @@ class MaskRun {
   int64_t last_n_ = -1;
 };
 
-// s = scale x + mask; a bool mask's -inf holds even where x is NaN.
+// A row is read as x, or as scale x + mask where there is a mask; `unit` times what is read is its
+// score.
+template <typename A>
+struct Scale {
+  A scale, unit;
+  explicit Scale(const SoftmaxParams& p) : scale(A(p.scale)), unit(p.mask ? A(1) : A(p.scale)) {}
+};
+
+// A vector of a row; a bool mask's -inf holds even where x is NaN.
 template <typename In, MaskKind kMask, typename Lanes, typename A = Acc<In>>
-FASTATTN_INLINE Vec<A> score(const In* x, const A* mask, Vec<A> scale, Lanes lanes) {
-  if constexpr (kMask == MaskKind::kNone) return lanes.load(x) * scale;
+FASTATTN_INLINE Vec<A> read(const In* x, const A* mask, Vec<A> scale, Lanes lanes) {
+  if constexpr (kMask == MaskKind::kNone) return lanes.load(x);
   const Vec<A> m = lanes.load(mask), s = fma(lanes.load(x), scale, m);
   if constexpr (kMask == MaskKind::kKept) return select(less(m, zero<A>()), m, s);
   return s;
 }
 
-// x <= 0, or NaN, of which exp2_below keeps only those without a payload.
 template <typename A>
 FASTATTN_INLINE Vec<A> exp_of(Vec<A> x) {
-  return select(equal(x, x), exp2_below(x * set1(A(kLog2E))), x);
+  return exp2_or_nan(x * set1(A(kLog2E)));
 }
 
 // The same to the last digit: x log2(e) is taken with what its rounding leaves.
@@ -80,146 +87,189 @@ A safe_base(A maximum) {
 
 // ---- rows: inner = 1 ---------------------------------------------------------------------------
 
-// s = the scores of n numbers, in the given order; their maximum.
-template <typename Order, typename In, MaskKind kMask, typename A = Acc<In>>
-FASTATTN_NOINLINE A load_scores(A* s, const void* data, const A* mask, A scale, int64_t n) {
-  const In* x = static_cast<const In*>(data);
-  const Vec<A> low = set1(-kInfinity<A>), scales = set1(scale);
-  Vec<A> top[kUnroll];
-  for (Vec<A>& lane : top) lane = low;
-  each_vector<Order>(n, [&](auto slot, int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
-    const Vec<A> v = score<In, kMask>(x + j, mask + j, scales, lanes);
-    lanes.store(s + j, v);
-    top[slot] = vmax(top[slot], lanes.keep(v, -kInfinity<A>));
-  });
-  return hmax_of(top);
-}
-
-// e[j] = exp(s[j] - base) and their sum; e may be s, or null where only the sum counts. Meanwhile
-// fetches the numbers at `next`, kSize bytes each.
-template <typename A, int64_t kSize>
-FASTATTN_NOINLINE A exponentials(A* e, const A* s, A base, int64_t n, const char* next) {
-  const Vec<A> bases = set1(base);
-  const auto [sum] =
-      sum_vectors<A, 1>(n, [&](Vec<A>(&acc)[1], int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
-        prefetch(next + j * kSize);
-        const Vec<A> v = exp_of(lanes.load(s + j) - bases);
-        if (e) lanes.store(e + j, v);
-        acc[0] = acc[0] + lanes.keep(v, A(0));
-      });
-  return sum;
-}
-
-// y from what waits in s: exponentials times a factor, or scores.
+// How the n numbers of a block are visited, compiled for each way to store them. A `Block` says
+// where they lie.
 template <typename A>
-struct Finish {
-  enum Kind { kScaled, kExponential, kLog } kind;
-  // kScaled: s factor. kExponential: exp(s - maximum) factor. kLog: (s - maximum) - factor.
-  A maximum, factor;
+struct Block {
+  const void* x;
+  const A* mask;
+  int64_t n;
 };
 
-template <typename Order, typename Out, typename A = Acc<Out>>
-FASTATTN_NOINLINE void finish(void* out, const A* s, const Finish<A>& how, int64_t n,
-                              bool past_cache) {
-  Out* y = static_cast<Out*>(out);
-  const Vec<A> maximum = set1(how.maximum), factor = set1(how.factor);
-  switch (how.kind) {
-    case Finish<A>::kScaled:
-      return write_row<Order>(y, n, past_cache, [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
-        return lanes.load(s + j) * factor;
-      });
-    case Finish<A>::kExponential:
-      return write_row<Order>(y, n, past_cache, [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
-        return exp_of(lanes.load(s + j) - maximum) * factor;
-      });
-    case Finish<A>::kLog:
-      return write_row<Order>(y, n, past_cache, [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
-        return (lanes.load(s + j) - maximum) - factor;
-      });
-  }
+// The number read whose score is the highest.
+template <typename Order, typename In, MaskKind kMask, typename A = Acc<In>>
+FASTATTN_NOINLINE A highest(const Block<A>& block, const Scale<A>& scale) {
+  const In* x = static_cast<const In*>(block.x);
+  const A up = scale.unit < 0 ? A(-1) : A(1);
+  const Vec<A> ups = set1(up), scales = set1(scale.scale);
+  Vec<A> top[kUnroll];
+  for (Vec<A>& lane : top) lane = set1(-kInfinity<A>);
+  each_vector<Order>(block.n, [&](auto slot, int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+    const Vec<A> r = read<In, kMask>(x + j, block.mask + j, scales, lanes) * ups;
+    top[slot] = vmax(top[slot], lanes.keep(r, -kInfinity<A>));
+  });
+  return hmax_of(top) * up;
 }
 
-// The row's maximum m and total = sum(exp(s - m)), gathered block by block.
+// e = exp(score - base's score), and their sum. Meanwhile fetches the numbers at `next`.
+template <typename Order, typename In, MaskKind kMask, typename A = Acc<In>>
+FASTATTN_NOINLINE A exponentials(A* e, const Block<A>& block, const Scale<A>& scale, A base,
+                                 const void* next) {
+  const In *x = static_cast<const In*>(block.x), *ahead = static_cast<const In*>(next);
+  const Vec<A> bases = set1(base), scales = set1(scale.scale);
+  const Vec<A> exponent = set1(A(double(scale.unit) * kLog2E));
+  const auto power = [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+    prefetch(ahead + j);
+    return (read<In, kMask>(x + j, block.mask + j, scales, lanes) - bases) * exponent;
+  };
+  using Group = Four<Order>;
+  Vec<A> sum[Group::kCount];
+  for (Vec<A>& lane : sum) lane = zero<A>();
+  int64_t done = 0;
+  for (; done + Group::kNumbers <= block.n; done += Group::kNumbers) {
+    Vec<A> v[Group::kCount];
+    unroll<Group::kCount>([&](auto i) FASTATTN_INLINE_LAMBDA {
+      v[i] = power(done + Group::template offset<i>, typename Group::template Lanes<i>{});
+    });
+    exp2_or_nan(v);
+    unroll<Group::kCount>([&](auto i) FASTATTN_INLINE_LAMBDA {
+      const typename Group::template Lanes<i> lanes;
+      lanes.store(e + done + Group::template offset<i>, v[i]);
+      sum[i] = sum[i] + v[i];
+    });
+  }
+  each_vector<Order>(block.n - done, [&](auto, int64_t i, auto lanes) FASTATTN_INLINE_LAMBDA {
+    const Vec<A> v = exp2_or_nan(power(done + i, lanes));
+    lanes.store(e + done + i, v);
+    sum[0] = sum[0] + lanes.keep(v, A(0));
+  });
+  return hsum((sum[0] + sum[1]) + (sum[2] + sum[3]));
+}
+
+// y = e factor
+template <typename Order, typename Out, typename A = Acc<Out>>
+FASTATTN_NOINLINE void write_scaled(void* out, const A* e, A factor, int64_t n, bool past_cache) {
+  const Vec<A> factors = set1(factor);
+  write_row<Order>(static_cast<Out*>(out), n, past_cache,
+                   [&](int64_t j, auto lanes)
+                       FASTATTN_INLINE_LAMBDA { return lanes.load(e + j) * factors; });
+}
+
+// y = score - base's score - log_total
+template <typename Order, typename In, typename Out, MaskKind kMask, typename A = Acc<In>>
+FASTATTN_NOINLINE void write_log(void* out, const Block<A>& block, const Scale<A>& scale, A base,
+                                 A log_total, bool past_cache) {
+  const In* x = static_cast<const In*>(block.x);
+  const Vec<A> bases = set1(base), scales = set1(scale.scale), unit = set1(scale.unit);
+  const Vec<A> rest = set1(-log_total);
+  write_row<Order>(static_cast<Out*>(out), block.n, past_cache,
+                   [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+                     const Vec<A> r = read<In, kMask>(x + j, block.mask + j, scales, lanes);
+                     return fma(r - bases, unit, rest);
+                   });
+}
+
+template <typename A>
+struct Visits {
+  A (*highest)(const Block<A>&, const Scale<A>&);
+  A (*exponentials)(A*, const Block<A>&, const Scale<A>&, A, const void*);
+  void (*write_scaled)(void*, const A*, A, int64_t, bool);
+  void (*write_log)(void*, const Block<A>&, const Scale<A>&, A, A, bool);
+  int64_t x_size, y_size;
+};
+
+template <typename In, typename Out, MaskKind kMask>
+Visits<Acc<In>> visits() {
+  // A mask lies as it is, so do numbers of another type.
+  using A = Acc<In>;
+  constexpr bool paired = kPaired<Out> && kMask == MaskKind::kNone && std::is_same_v<In, Out>;
+  using Order = std::conditional_t<paired, Out, A>;
+  return {highest<Order, In, kMask>,
+          exponentials<Order, In, kMask>,
+          write_scaled<Order, Out>,
+          write_log<Order, In, Out, kMask>,
+          sizeof(In),
+          sizeof(Out)};
+}
+
+// total = sum(exp(score - top's score)), gathered block by block.
 template <typename A>
 struct RowSum {
-  A maximum = -kInfinity<A>;
+  A unit, top;
   double total = 0;
 
-  // A block with its own maximum and its sum of exp(s - safe_base(maximum)).
-  void join(A block_maximum, A block_sum) {
-    const double base = safe_base(maximum), block_base = safe_base(block_maximum);
-    if (block_maximum > maximum) {
-      total = (total == 0 ? 0 : total * std::exp(base - block_base)) + block_sum;
-      maximum = block_maximum;
+  // What to count from: -inf - -inf would be NaN in a block without anything to keep.
+  A base(A top_) const { return top_ * unit == -kInfinity<A> ? A(0) : top_; }
+
+  // A block with its own top and its sum from base(top).
+  void join(A block_top, A block_sum) {
+    const bool higher = block_top * unit > top * unit;
+    if (higher) {
+      total = (total == 0 ? 0 : total * share(top, block_top)) + block_sum;
+      top = block_top;
     } else {
-      total += block_sum * (base == block_base ? 1 : std::exp(block_base - base));
+      total += block_sum * share(block_top, top);
     }
   }
-  bool empty() const { return maximum == -kInfinity<A> && total == 0; }
+  // What exponentials of a block with its own top are of those of the row.
+  double share(A block_top, A row_top) const {
+    const double from = base(block_top), to = base(row_top);
+    return from == to ? 1 : std::exp((from - to) * double(unit));
+  }
+  bool empty() const { return top * unit == -kInfinity<A> && total == 0; }
 };
 
-// Compiled once for all that rows are stored as, but for kSize, the bytes of a number of x: load is
-// a load_scores, store a finish.
-template <typename A, int64_t kSize>
-void forward_rows(const SoftmaxParams& p, A (*load)(A*, const void*, const A*, A, int64_t),
-                  void (*store)(void*, const A*, const Finish<A>&, int64_t, bool)) {
-  const int64_t y_size = size_of(p.y_dtype);
-  const int64_t n = p.width, rows = p.rows.count(), bytes = rows * n * y_size;
-  const bool past_cache = bytes >= kStreamBytes, keep = n <= kKeptScores;
+// Compiled once for all that rows are stored as.
+template <typename A>
+void forward_rows(const SoftmaxParams& p, const Visits<A>& visit) {
+  const int64_t n = p.width, rows = p.rows.count(), bytes = rows * n * visit.y_size;
+  const bool past_cache = bytes >= kStreamBytes, keep = !p.log && n <= kKeptScores;
+  const Scale<A> scale(p);
   if (past_cache) expect_large_write(p.y, bytes);
-  parallel_static(
-      rows, useful_threads(p.threads, rows * n), [=, &p](int64_t begin, int64_t end, int) {
-        const std::unique_ptr<A[]> kept = scratch<A>(keep ? n : kBlock);
-        const std::unique_ptr<A[]> bases = scratch<A>(n / kBlock + 1);
-        MaskRun<A> mask_run(p, kBlock);
-        const A scale = A(p.scale);
-        for (int64_t row = begin; row < end; ++row) {
-          const char* x = static_cast<const char*>(p.x.data) + p.rows.offset(row, p.x) * kSize;
-          const char* next = row + 1 < end ? static_cast<const char*>(p.x.data) +
-                                                 p.rows.offset(row + 1, p.x) * kSize
-                                           : x;
-          const int64_t mask_row = p.mask ? p.rows.offset(row, p.mask) : 0;
-          char* y = static_cast<char*>(p.y) + row * n * y_size;
-          const auto load_block = [&](int64_t first, int64_t m) {
-            const A* mask = nullptr;
-            if (p.mask)
-              mask = mask_run.at(mask_row + first * p.mask.stride[3], p.mask.stride[3], m);
-            return load(kept.get() + (keep ? first : 0), x + first * kSize, mask, scale, m);
-          };
+  parallel_static(rows, useful_threads(p.threads, rows * n), [&](int64_t begin, int64_t end, int) {
+    const std::unique_ptr<A[]> kept = scratch<A>(keep ? n : kBlock);
+    const std::unique_ptr<A[]> tops = scratch<A>(n / kBlock + 1);
+    MaskRun<A> mask_run(p, kBlock);
+    for (int64_t row = begin; row < end; ++row) {
+      const char* x = static_cast<const char*>(p.x.data) + p.rows.offset(row, p.x) * visit.x_size;
+      const char* next = static_cast<const char*>(p.x.data) +
+                         p.rows.offset(std::min(row + 1, end - 1), p.x) * visit.x_size;
+      const int64_t mask_row = p.mask ? p.rows.offset(row, p.mask) : 0;
+      char* y = static_cast<char*>(p.y) + row * n * visit.y_size;
+      const auto block_at = [&](int64_t first) {
+        const int64_t m = std::min(kBlock, n - first), step = p.mask.stride[3];
+        return Block<A>{x + first * visit.x_size,
+                        p.mask ? mask_run.at(mask_row + first * step, step, m) : nullptr, m};
+      };
 
-          RowSum<A> sum;
-          for (int64_t first = 0; first < n; first += kBlock) {
-            const int64_t m = std::min(kBlock, n - first);
-            const A top = load_block(first, m), base = safe_base(top);
-            A* s = kept.get() + (keep ? first : 0);
-            bases[first / kBlock] = base;
-            sum.join(top, exponentials<A, kSize>(p.log || !keep ? nullptr : s, s, base, m,
-                                                 next + first * kSize));
-          }
-          const bool masked = p.mask && sum.empty();  // everything
-          // y = exp(s - m) / total, of which the blocks hold exp(s - base); log: (s - m) -
-          // log(total)
-          const A m = sum.maximum;
-          const double inverse = m == -kInfinity<A> ? double(kNaN<A>) : 1 / sum.total;
-          for (int64_t first = 0; first < n; first += kBlock) {
-            const int64_t count = std::min(kBlock, n - first);
-            if (!keep) load_block(first, count);
-            A* s = kept.get() + (keep ? first : 0);
-            Finish<A> how{Finish<A>::kExponential, m, A(inverse)};
-            if (masked) {
-              std::fill_n(s, count, p.log ? -kInfinity<A> : A(0));
-              how = {Finish<A>::kScaled, m, 1};
-            } else if (p.log) {
-              how = {Finish<A>::kLog, m, A(std::log(sum.total))};
-            } else if (keep) {
-              const double base = bases[first / kBlock];
-              how = {Finish<A>::kScaled, m, A(base == m ? inverse : std::exp(base - m) * inverse)};
-            }
-            store(y + first * y_size, s, how, count, past_cache);
-          }
+      RowSum<A> sum{scale.unit, scale.unit < 0 ? kInfinity<A> : -kInfinity<A>};
+      for (int64_t first = 0; first < n; first += kBlock) {
+        const Block<A> block = block_at(first);
+        const A top = tops[first / kBlock] = visit.highest(block, scale);
+        sum.join(top, visit.exponentials(kept.get() + (keep ? first : 0), block, scale,
+                                         sum.base(top), next + first * visit.x_size));
+      }
+      const bool masked = p.mask && sum.empty();  // everything
+      for (int64_t first = 0; first < n; first += kBlock) {
+        const int64_t m = std::min(kBlock, n - first);
+        char* out = y + first * visit.y_size;
+        A* e = kept.get() + (keep ? first : 0);
+        if (p.log) {
+          visit.write_log(out, block_at(first), scale, masked ? A(0) : sum.top,
+                          A(std::log(masked ? 1 : sum.total)), past_cache);
+          continue;
         }
-        stream_fence();
-      });
+        // Without a mask, a row of -inf is NaN.
+        double factor = masked ? 0 : sum.empty() ? double(kNaN<A>) : 1 / sum.total;
+        if (keep)
+          factor *= masked ? 0 : sum.share(tops[first / kBlock], sum.top);
+        else
+          visit.exponentials(e, block_at(first), scale, sum.base(sum.top), x);
+        visit.write_scaled(out, e, A(factor), m, past_cache);
+      }
+    }
+    stream_fence();
+  });
 }
 
 // dx = scale y (dy - sum(y dy)); log: dx = scale (dy - exp(y) sum(dy)), 0 where y = -inf (masked).
@@ -305,7 +355,8 @@ FASTATTN_NOINLINE void load_columns(A* s, const void* data, const A* mask, A sca
   const In* x = static_cast<const In*>(data);
   const Vec<A> scales = set1(scale);
   write_row<A>(s, n, false, [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
-    return score<In, kMask>(x + j, mask + j, scales, lanes);
+    const Vec<A> r = read<In, kMask>(x + j, mask + j, scales, lanes);
+    return kMask == MaskKind::kNone ? r * scales : r;
   });
 }
 
@@ -343,7 +394,7 @@ FASTATTN_NOINLINE void finish_columns(void* out, const A* s, const A* base, cons
 
 // Compiled once, as forward_rows: read is a load_columns, write a finish_columns.
 template <typename A>
-void forward_columns(const SoftmaxParams& p, void (*read)(A*, const void*, const A*, A, int64_t),
+void forward_columns(const SoftmaxParams& p, void (*load)(A*, const void*, const A*, A, int64_t),
                      void (*write)(void*, const A*, const A*, const A*, bool, int64_t)) {
   const int64_t x_size = size_of(p.x_dtype), y_size = size_of(p.y_dtype);
   const int64_t n = p.width, at_once = columns_at_once(n, p.inner);
@@ -365,21 +416,21 @@ void forward_columns(const SoftmaxParams& p, void (*read)(A*, const void*, const
       const int64_t mask_row = p.mask ? p.rows.offset(row, p.mask) + column * p.mask_inner : 0;
       char* y = static_cast<char*>(p.y) + (row * n * p.inner + column) * y_size;
       const auto scores = [&](int64_t d) { return kept.get() + (keep ? d * at_once : 0); };
-      const auto load = [&](int64_t d) {
+      const auto scores_of = [&](int64_t d) {
         const A* mask = nullptr;
         if (p.mask) mask = mask_run.at(mask_row + d * p.mask.stride[3], p.mask_inner, count);
-        read(scores(d), x + d * p.x.stride[3] * x_size, mask, A(p.scale), count);
+        load(scores(d), x + d * p.x.stride[3] * x_size, mask, A(p.scale), count);
       };
 
       std::fill_n(maximum, count, -kInfinity<A>);
       sum.clear(count);
       for (int64_t d = 0; d < n; ++d) {
-        load(d);
+        scores_of(d);
         raise_columns(maximum, scores(d), count);
       }
       for (int64_t j = 0; j < count; ++j) base[j] = safe_base(maximum[j]);
       for (int64_t d = 0; d < n; ++d) {
-        if (!keep) load(d);
+        if (!keep) scores_of(d);
         // Log needs the scores again: their exponentials go elsewhere.
         A* e = scores(d);
         if (p.log && keep) e = std::copy_n(e, count, factor) - count;
@@ -394,7 +445,7 @@ void forward_columns(const SoftmaxParams& p, void (*read)(A*, const void*, const
       }
       for (int64_t d = 0; d < n; ++d) {
         if (!keep) {
-          load(d);
+          scores_of(d);
           if (!p.log) {
             A unused[kMaxColumns] = {};
             add_columns(unused, scores(d), base, count);
@@ -452,12 +503,8 @@ void backward_columns(const SoftmaxGrads& p) {
 template <typename In, typename Out, MaskKind kMask>
 void forward(const SoftmaxParams& p) {
   using A = Acc<In>;
-  // A mask lies as it is, so do numbers of another type.
-  using Order =
-      std::conditional_t<kPaired<Out> && kMask == MaskKind::kNone && std::is_same_v<In, Out>, Out,
-                         A>;
   if (p.inner == 1)
-    forward_rows<A, sizeof(In)>(p, load_scores<Order, In, kMask>, finish<Order, Out>);
+    forward_rows(p, visits<In, Out, kMask>());
   else
     forward_columns<A>(p, load_columns<In, kMask>, finish_columns<Out>);
 }

@@ -1,6 +1,6 @@
-// The only file with intrinsics: one vector of floats or doubles per instruction set, behind one
-// interface, so that the kernels are written once. setup.py compiles each module with its own
-// flags; the compiler's predefined macros choose the implementation here.
+// One vector of floats or doubles per instruction set, behind one interface, so that the kernels
+// are written once; only here and in vec_*.h are there intrinsics. setup.py compiles each module
+// with its own flags; the compiler's predefined macros choose the implementation.
 //
 //   Vec<A>       A is the accumulation type, float or double; Vec<A>::kWidth lanes
 //   load, store  any alignment; load_n, store_n touch only the first n lanes (the rest load as 0)
@@ -245,12 +245,6 @@ FASTATTN_INLINE A hsum(Vec<A> a) {
   return r;
 }
 template <typename A>
-FASTATTN_INLINE A hmax(Vec<A> a) {  // NaN if any lane is NaN
-  A r = a.lane[0];
-  for (int i = 0; i < Vec<A>::kWidth; ++i) r = (r > a.lane[i] || r != r) ? r : a.lane[i];
-  return r;
-}
-template <typename A>
 FASTATTN_INLINE A hmax_any(Vec<A> a) {  // unspecified if any lane is NaN
   A r = a.lane[0];
   for (int i = 0; i < Vec<A>::kWidth; ++i) r = r > a.lane[i] ? r : a.lane[i];
@@ -303,404 +297,19 @@ FASTATTN_INLINE Vec<float> exp2_parts(Vec<float> rounded, Vec<float> f) {
 }
 #endif
 
-#if defined(FASTATTN_X86_VECTORS) && !defined(__AVX512F__)
-// ---- AVX2 + FMA + F16C -------------------------------------------------------------------------
-template <>
-struct Vec<float> {
-  static constexpr int kWidth = 8;
-  __m256 v;
-};
-template <>
-struct VecMask<float> {
-  __m256 v;
-};
-using VecF = Vec<float>;
+}  // namespace
+}  // namespace fastattn
 
-template <>
-FASTATTN_INLINE VecF set1<float>(float x) {
-  return {_mm256_set1_ps(x)};
-}
-template <>
-FASTATTN_INLINE VecF iota<float>() {
-  return {_mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7)};
-}
-FASTATTN_INLINE __m256i first_lanes(int n) {
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-}
-FASTATTN_INLINE VecF widen(bf16, __m128i x) {
-  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16))};
-}
-FASTATTN_INLINE VecF widen(f16, __m128i x) { return {_mm256_cvtph_ps(x)}; }
-// The upper half of each lane is x rounded to bf16; a NaN becomes all ones.
-FASTATTN_INLINE __m256i round_to_upper_half(VecF x) {
-  const __m256i bits = _mm256_castps_si256(x.v);
-  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i r = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
-  return _mm256_or_si256(r, _mm256_castps_si256(_mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q)));
-}
-FASTATTN_INLINE __m128i narrow(bf16, VecF x) {
-  const __m256i r = _mm256_srli_epi32(round_to_upper_half(x), 16);
-  return _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
-}
-FASTATTN_INLINE __m128i narrow(f16, VecF x) {
-  return _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT);
-}
-FASTATTN_INLINE VecF load(const float* p) { return {_mm256_loadu_ps(p)}; }
-FASTATTN_INLINE VecF load(const bf16* p) {
-  return widen(bf16{}, _mm_loadu_si128((const __m128i*)p));
-}
-FASTATTN_INLINE VecF load(const f16* p) { return widen(f16{}, _mm_loadu_si128((const __m128i*)p)); }
-FASTATTN_INLINE VecF load_n(const float* p, int n) {
-  return {_mm256_maskload_ps(p, first_lanes(n))};
-}
-template <typename Half>
-FASTATTN_INLINE VecF load_half_n(const Half* p, int n) {
-  Half copy[8] = {};
-  std::memcpy(copy, p, size_t(n) * 2);
-  return load(copy);
-}
-FASTATTN_INLINE VecF load_n(const bf16* p, int n) { return load_half_n(p, n); }
-FASTATTN_INLINE VecF load_n(const f16* p, int n) { return load_half_n(p, n); }
-FASTATTN_INLINE void store(float* p, VecF x) { _mm256_storeu_ps(p, x.v); }
-FASTATTN_INLINE void store(bf16* p, VecF x) { _mm_storeu_si128((__m128i*)p, narrow(bf16{}, x)); }
-FASTATTN_INLINE void store(f16* p, VecF x) { _mm_storeu_si128((__m128i*)p, narrow(f16{}, x)); }
-FASTATTN_INLINE void store_n(float* p, VecF x, int n) {
-  _mm256_maskstore_ps(p, first_lanes(n), x.v);
-}
-template <typename Half>
-FASTATTN_INLINE void store_half_n(Half* p, VecF x, int n) {
-  Half copy[8];
-  store(copy, x);
-  std::memcpy(p, copy, size_t(n) * 2);
-}
-FASTATTN_INLINE void store_n(bf16* p, VecF x, int n) { store_half_n(p, x, n); }
-FASTATTN_INLINE void store_n(f16* p, VecF x, int n) { store_half_n(p, x, n); }
-// Stores that pass by the cache; p must be aligned to the vector as stored.
-FASTATTN_INLINE void stream(float* p, VecF x) { _mm256_stream_ps(p, x.v); }
-FASTATTN_INLINE void stream(bf16* p, VecF x) { _mm_stream_si128((__m128i*)p, narrow(bf16{}, x)); }
-FASTATTN_INLINE void stream(f16* p, VecF x) { _mm_stream_si128((__m128i*)p, narrow(f16{}, x)); }
-// Two vectors at once in the order that costs least: the even numbers of 2 kWidth, and the odd
-// ones.
-FASTATTN_INLINE VecF load_even(const bf16* p) {
-  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256((const __m256i*)p), 16))};
-}
-FASTATTN_INLINE VecF load_odd(const bf16* p) {
-  return {_mm256_castsi256_ps(
-      _mm256_and_si256(_mm256_loadu_si256((const __m256i*)p), _mm256_set1_epi32(int(0xffff0000))))};
-}
-FASTATTN_INLINE __m256i interleave(VecF even, VecF odd) {
-  return _mm256_blend_epi16(_mm256_srli_epi32(round_to_upper_half(even), 16),
-                            round_to_upper_half(odd), 0xaa);
-}
-FASTATTN_INLINE void store_pair(bf16* p, VecF even, VecF odd) {
-  _mm256_storeu_si256((__m256i*)p, interleave(even, odd));
-}
-FASTATTN_INLINE void stream_pair(bf16* p, VecF even, VecF odd) {  // p aligned to both vectors
-  _mm256_stream_si256((__m256i*)p, interleave(even, odd));
-}
-FASTATTN_INLINE VecF operator+(VecF a, VecF b) { return {_mm256_add_ps(a.v, b.v)}; }
-FASTATTN_INLINE VecF operator-(VecF a, VecF b) { return {_mm256_sub_ps(a.v, b.v)}; }
-FASTATTN_INLINE VecF operator*(VecF a, VecF b) { return {_mm256_mul_ps(a.v, b.v)}; }
-FASTATTN_INLINE VecF operator/(VecF a, VecF b) { return {_mm256_div_ps(a.v, b.v)}; }
-FASTATTN_INLINE VecF vmax(VecF a, VecF b) { return {_mm256_max_ps(a.v, b.v)}; }
-FASTATTN_INLINE VecF vmin(VecF a, VecF b) { return {_mm256_min_ps(a.v, b.v)}; }
-FASTATTN_INLINE VecF fma(VecF a, VecF b, VecF c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
-FASTATTN_INLINE VecMask<float> less(VecF a, VecF b) {
-  return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)};
-}
-FASTATTN_INLINE VecMask<float> equal(VecF a, VecF b) {
-  return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)};
-}
-FASTATTN_INLINE VecF select(VecMask<float> m, VecF yes, VecF no) {
-  return {_mm256_blendv_ps(no.v, yes.v, m.v)};
-}
-FASTATTN_INLINE VecF vabs(VecF a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
-FASTATTN_INLINE float hsum(VecF a) {
-  __m128 r = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
-  r = _mm_add_ps(r, _mm_movehl_ps(r, r));
-  return _mm_cvtss_f32(_mm_add_ss(r, _mm_movehdup_ps(r)));
-}
-FASTATTN_INLINE void transpose(VecF (&r)[8]) {
-  __m256 a[8], b[8];
-  for (int i = 0; i < 4; ++i) {
-    a[2 * i] = _mm256_unpacklo_ps(r[2 * i].v, r[2 * i + 1].v);
-    a[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i].v, r[2 * i + 1].v);
-  }
-  for (int i = 0; i < 2; ++i) {
-    b[4 * i] = _mm256_shuffle_ps(a[4 * i], a[4 * i + 2], 0x44);
-    b[4 * i + 1] = _mm256_shuffle_ps(a[4 * i], a[4 * i + 2], 0xee);
-    b[4 * i + 2] = _mm256_shuffle_ps(a[4 * i + 1], a[4 * i + 3], 0x44);
-    b[4 * i + 3] = _mm256_shuffle_ps(a[4 * i + 1], a[4 * i + 3], 0xee);
-  }
-  for (int i = 0; i < 4; ++i) {
-    r[i].v = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
-    r[i + 4].v = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
-  }
-}
-FASTATTN_INLINE float hmax_any(VecF a) {
-  __m128 r = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
-  r = _mm_max_ps(r, _mm_movehl_ps(r, r));
-  return _mm_cvtss_f32(_mm_max_ss(r, _mm_movehdup_ps(r)));
-}
-FASTATTN_INLINE VecF exp2_parts(VecF rounded, VecF f) {
-  __m256 p = _mm256_set1_ps(kExp2Poly[5]);
-  for (int k = 4; k >= 0; --k) p = _mm256_fmadd_ps(p, f.v, _mm256_set1_ps(kExp2Poly[k]));
-  p = _mm256_fmadd_ps(p, f.v, _mm256_set1_ps(1.0f));
-  const __m256i shift = _mm256_slli_epi32(_mm256_castps_si256(rounded.v), 23);
-  return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), shift))};
-}
+#if defined(FASTATTN_X86_VECTORS) && defined(__AVX512F__)
+#include "vec_avx512.h"
 #elif defined(FASTATTN_X86_VECTORS)
-// ---- AVX-512 F, BW, DQ, VL
-// ------------------------------------------------------------------------
-template <>
-struct Vec<float> {
-  static constexpr int kWidth = 16;
-  __m512 v;
-};
-template <>
-struct VecMask<float> {
-  __mmask16 v;
-};
-using VecF = Vec<float>;
-
-template <>
-FASTATTN_INLINE VecF set1<float>(float x) {
-  return {_mm512_set1_ps(x)};
-}
-template <>
-FASTATTN_INLINE VecF iota<float>() {
-  return {_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)};
-}
-FASTATTN_INLINE __mmask16 first_lanes(int n) {
-  return n >= 16 ? __mmask16(0xffff) : __mmask16((1u << (n < 0 ? 0 : n)) - 1u);
-}
-FASTATTN_INLINE VecF widen(bf16, __m256i x) {
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))};
-}
-FASTATTN_INLINE VecF widen(f16, __m256i x) { return {_mm512_cvtph_ps(x)}; }
-FASTATTN_INLINE __m256i narrow(bf16, VecF x) {
-#if defined(__AVX512BF16__)
-  const __m256bh half = _mm512_cvtneps_pbh(x.v);
-  __m256i r;
-  std::memcpy(&r, &half, sizeof r);
-  return r;
-#else
-  const __m512i bits = _mm512_castps_si512(x.v);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  __m512i r = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-  r = _mm512_mask_or_epi32(r, _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q), bits,
-                           _mm512_set1_epi32(0x400000));
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16));
-#endif
-}
-FASTATTN_INLINE __m256i narrow(f16, VecF x) {
-  return _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
-FASTATTN_INLINE VecF load(const float* p) { return {_mm512_loadu_ps(p)}; }
-FASTATTN_INLINE VecF load(const bf16* p) {
-  return widen(bf16{}, _mm256_loadu_si256((const __m256i*)p));
-}
-FASTATTN_INLINE VecF load(const f16* p) {
-  return widen(f16{}, _mm256_loadu_si256((const __m256i*)p));
-}
-FASTATTN_INLINE VecF load_n(const float* p, int n) {
-  return {_mm512_maskz_loadu_ps(first_lanes(n), p)};
-}
-FASTATTN_INLINE VecF load_n(const bf16* p, int n) {
-  return widen(bf16{}, _mm256_maskz_loadu_epi16(first_lanes(n), p));
-}
-FASTATTN_INLINE VecF load_n(const f16* p, int n) {
-  return widen(f16{}, _mm256_maskz_loadu_epi16(first_lanes(n), p));
-}
-FASTATTN_INLINE void store(float* p, VecF x) { _mm512_storeu_ps(p, x.v); }
-FASTATTN_INLINE void store(bf16* p, VecF x) { _mm256_storeu_si256((__m256i*)p, narrow(bf16{}, x)); }
-FASTATTN_INLINE void store(f16* p, VecF x) { _mm256_storeu_si256((__m256i*)p, narrow(f16{}, x)); }
-FASTATTN_INLINE void store_n(float* p, VecF x, int n) {
-  _mm512_mask_storeu_ps(p, first_lanes(n), x.v);
-}
-FASTATTN_INLINE void store_n(bf16* p, VecF x, int n) {
-  _mm256_mask_storeu_epi16(p, first_lanes(n), narrow(bf16{}, x));
-}
-FASTATTN_INLINE void store_n(f16* p, VecF x, int n) {
-  _mm256_mask_storeu_epi16(p, first_lanes(n), narrow(f16{}, x));
-}
-FASTATTN_INLINE void stream(float* p, VecF x) { _mm512_stream_ps(p, x.v); }
-FASTATTN_INLINE void stream(bf16* p, VecF x) {
-  _mm256_stream_si256((__m256i*)p, narrow(bf16{}, x));
-}
-FASTATTN_INLINE void stream(f16* p, VecF x) { _mm256_stream_si256((__m256i*)p, narrow(f16{}, x)); }
-// As in the AVX2 part.
-FASTATTN_INLINE VecF load_even(const bf16* p) {
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16))};
-}
-FASTATTN_INLINE VecF load_odd(const bf16* p) {
-  return {_mm512_castsi512_ps(
-      _mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(int(0xffff0000))))};
-}
-FASTATTN_INLINE __m512i interleave(VecF even, VecF odd) {
-  const __m512i low = _mm512_cvtepu16_epi32(narrow(bf16{}, even));
-  const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow(bf16{}, odd)), 16);
-  return _mm512_or_si512(low, high);
-}
-FASTATTN_INLINE void store_pair(bf16* p, VecF even, VecF odd) {
-  _mm512_storeu_si512(p, interleave(even, odd));
-}
-FASTATTN_INLINE void stream_pair(bf16* p, VecF even, VecF odd) {
-  _mm512_stream_si512((__m512i*)p, interleave(even, odd));
-}
-FASTATTN_INLINE VecF operator+(VecF a, VecF b) { return {_mm512_add_ps(a.v, b.v)}; }
-FASTATTN_INLINE VecF operator-(VecF a, VecF b) { return {_mm512_sub_ps(a.v, b.v)}; }
-FASTATTN_INLINE VecF operator*(VecF a, VecF b) { return {_mm512_mul_ps(a.v, b.v)}; }
-FASTATTN_INLINE VecF operator/(VecF a, VecF b) { return {_mm512_div_ps(a.v, b.v)}; }
-FASTATTN_INLINE VecF vmax(VecF a, VecF b) { return {_mm512_max_ps(a.v, b.v)}; }
-FASTATTN_INLINE VecF vmin(VecF a, VecF b) { return {_mm512_min_ps(a.v, b.v)}; }
-FASTATTN_INLINE VecF fma(VecF a, VecF b, VecF c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-FASTATTN_INLINE VecMask<float> less(VecF a, VecF b) {
-  return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)};
-}
-FASTATTN_INLINE VecMask<float> equal(VecF a, VecF b) {
-  return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)};
-}
-FASTATTN_INLINE VecF select(VecMask<float> m, VecF yes, VecF no) {
-  return {_mm512_mask_blend_ps(m.v, no.v, yes.v)};
-}
-FASTATTN_INLINE VecF vabs(VecF a) { return {_mm512_abs_ps(a.v)}; }
-FASTATTN_INLINE float hsum(VecF a) { return _mm512_reduce_add_ps(a.v); }
-FASTATTN_INLINE void transpose(VecF (&r)[16]) {
-  __m512 a[16], b[16];
-  for (int i = 0; i < 8; ++i) {
-    a[2 * i] = _mm512_unpacklo_ps(r[2 * i].v, r[2 * i + 1].v);
-    a[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i].v, r[2 * i + 1].v);
-  }
-  for (int i = 0; i < 4; ++i) {
-    b[4 * i] = _mm512_shuffle_ps(a[4 * i], a[4 * i + 2], 0x44);
-    b[4 * i + 1] = _mm512_shuffle_ps(a[4 * i], a[4 * i + 2], 0xee);
-    b[4 * i + 2] = _mm512_shuffle_ps(a[4 * i + 1], a[4 * i + 3], 0x44);
-    b[4 * i + 3] = _mm512_shuffle_ps(a[4 * i + 1], a[4 * i + 3], 0xee);
-  }
-  // b[4 g + c] holds, in its 128-bit lane l, column 4 l + c of rows 4 g to 4 g + 3.
-  for (int c = 0; c < 4; ++c) {
-    const __m512 lo01 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0x44);
-    const __m512 hi01 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0xee);
-    const __m512 lo23 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0x44);
-    const __m512 hi23 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0xee);
-    r[c].v = _mm512_shuffle_f32x4(lo01, lo23, 0x88);
-    r[4 + c].v = _mm512_shuffle_f32x4(lo01, lo23, 0xdd);
-    r[8 + c].v = _mm512_shuffle_f32x4(hi01, hi23, 0x88);
-    r[12 + c].v = _mm512_shuffle_f32x4(hi01, hi23, 0xdd);
-  }
-}
-FASTATTN_INLINE float hmax_any(VecF a) { return _mm512_reduce_max_ps(a.v); }
-FASTATTN_INLINE VecF exp2_parts(VecF rounded, VecF f) {
-  __m512 p = _mm512_set1_ps(kExp2Poly[5]);
-  for (int k = 4; k >= 0; --k) p = _mm512_fmadd_ps(p, f.v, _mm512_set1_ps(kExp2Poly[k]));
-  p = _mm512_fmadd_ps(p, f.v, _mm512_set1_ps(1.0f));
-  const __m512i shift = _mm512_slli_epi32(_mm512_castps_si512(rounded.v), 23);
-  return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), shift))};
-}
+#include "vec_avx2.h"
 #elif defined(__ARM_NEON) && defined(__aarch64__)
-// ---- Arm NEON (AArch64)
-// ---------------------------------------------------------------------------
-template <>
-struct Vec<float> {
-  static constexpr int kWidth = 4;
-  float32x4_t v;
-};
-template <>
-struct VecMask<float> {
-  uint32x4_t v;
-};
-using VecF = Vec<float>;
-
-template <>
-FASTATTN_INLINE VecF set1<float>(float x) {
-  return {vdupq_n_f32(x)};
-}
-template <>
-FASTATTN_INLINE VecF iota<float>() {
-  const float lanes[4] = {0, 1, 2, 3};
-  return {vld1q_f32(lanes)};
-}
-FASTATTN_INLINE VecF widen(bf16, uint16x4_t x) {
-  return {vreinterpretq_f32_u32(vshll_n_u16(x, 16))};
-}
-FASTATTN_INLINE VecF widen(f16, uint16x4_t x) { return {vcvt_f32_f16(vreinterpret_f16_u16(x))}; }
-FASTATTN_INLINE uint16x4_t narrow(bf16, VecF x) {
-  const uint32x4_t bits = vreinterpretq_u32_f32(x.v);
-  const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
-  const uint32x4_t rounded = vaddq_u32(vaddq_u32(bits, vdupq_n_u32(0x7fff)), odd);
-  const uint32x4_t quiet = vorrq_u32(bits, vdupq_n_u32(0x400000));
-  return vshrn_n_u32(vbslq_u32(vceqq_f32(x.v, x.v), rounded, quiet), 16);
-}
-FASTATTN_INLINE uint16x4_t narrow(f16, VecF x) { return vreinterpret_u16_f16(vcvt_f16_f32(x.v)); }
-FASTATTN_INLINE VecF load(const float* p) { return {vld1q_f32(p)}; }
-FASTATTN_INLINE VecF load(const bf16* p) { return widen(bf16{}, vld1_u16((const uint16_t*)p)); }
-FASTATTN_INLINE VecF load(const f16* p) { return widen(f16{}, vld1_u16((const uint16_t*)p)); }
-template <typename T>
-FASTATTN_INLINE VecF load_copy_n(const T* p, int n) {
-  T copy[4] = {};
-  std::memcpy(copy, p, size_t(n) * sizeof(T));
-  return load(copy);
-}
-FASTATTN_INLINE VecF load_n(const float* p, int n) { return load_copy_n(p, n); }
-FASTATTN_INLINE VecF load_n(const bf16* p, int n) { return load_copy_n(p, n); }
-FASTATTN_INLINE VecF load_n(const f16* p, int n) { return load_copy_n(p, n); }
-FASTATTN_INLINE void store(float* p, VecF x) { vst1q_f32(p, x.v); }
-FASTATTN_INLINE void store(bf16* p, VecF x) { vst1_u16((uint16_t*)p, narrow(bf16{}, x)); }
-FASTATTN_INLINE void store(f16* p, VecF x) { vst1_u16((uint16_t*)p, narrow(f16{}, x)); }
-template <typename T>
-FASTATTN_INLINE void store_copy_n(T* p, VecF x, int n) {
-  T copy[4];
-  store(copy, x);
-  std::memcpy(p, copy, size_t(n) * sizeof(T));
-}
-FASTATTN_INLINE void store_n(float* p, VecF x, int n) { store_copy_n(p, x, n); }
-FASTATTN_INLINE void store_n(bf16* p, VecF x, int n) { store_copy_n(p, x, n); }
-FASTATTN_INLINE void store_n(f16* p, VecF x, int n) { store_copy_n(p, x, n); }
-FASTATTN_INLINE void stream(float* p, VecF x) { store(p, x); }
-FASTATTN_INLINE void stream(bf16* p, VecF x) { store(p, x); }
-FASTATTN_INLINE void stream(f16* p, VecF x) { store(p, x); }
-FASTATTN_INLINE VecF operator+(VecF a, VecF b) { return {vaddq_f32(a.v, b.v)}; }
-FASTATTN_INLINE VecF operator-(VecF a, VecF b) { return {vsubq_f32(a.v, b.v)}; }
-FASTATTN_INLINE VecF operator*(VecF a, VecF b) { return {vmulq_f32(a.v, b.v)}; }
-FASTATTN_INLINE VecF operator/(VecF a, VecF b) { return {vdivq_f32(a.v, b.v)}; }
-// NEON's own maximum returns NaN when either side is NaN; the comparison gives the x86 rule.
-FASTATTN_INLINE VecF vmax(VecF a, VecF b) { return {vbslq_f32(vcgtq_f32(a.v, b.v), a.v, b.v)}; }
-FASTATTN_INLINE VecF vmin(VecF a, VecF b) { return {vbslq_f32(vcltq_f32(a.v, b.v), a.v, b.v)}; }
-FASTATTN_INLINE VecF fma(VecF a, VecF b, VecF c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
-FASTATTN_INLINE VecMask<float> less(VecF a, VecF b) { return {vcltq_f32(a.v, b.v)}; }
-FASTATTN_INLINE VecMask<float> equal(VecF a, VecF b) { return {vceqq_f32(a.v, b.v)}; }
-FASTATTN_INLINE VecF select(VecMask<float> m, VecF yes, VecF no) {
-  return {vbslq_f32(m.v, yes.v, no.v)};
-}
-FASTATTN_INLINE VecF vabs(VecF a) { return {vabsq_f32(a.v)}; }
-FASTATTN_INLINE float hsum(VecF a) { return vaddvq_f32(a.v); }
-FASTATTN_INLINE void transpose(VecF (&r)[4]) {
-  const float32x4x2_t a = vtrnq_f32(r[0].v, r[1].v), b = vtrnq_f32(r[2].v, r[3].v);
-  r[0].v = vcombine_f32(vget_low_f32(a.val[0]), vget_low_f32(b.val[0]));
-  r[1].v = vcombine_f32(vget_low_f32(a.val[1]), vget_low_f32(b.val[1]));
-  r[2].v = vcombine_f32(vget_high_f32(a.val[0]), vget_high_f32(b.val[0]));
-  r[3].v = vcombine_f32(vget_high_f32(a.val[1]), vget_high_f32(b.val[1]));
-}
-FASTATTN_INLINE float hmax_any(VecF a) { return vmaxvq_f32(a.v); }
-FASTATTN_INLINE VecF exp2_parts(VecF rounded, VecF f) {
-  float32x4_t p = vdupq_n_f32(kExp2Poly[5]);
-  for (int k = 4; k >= 0; --k) p = vfmaq_f32(vdupq_n_f32(kExp2Poly[k]), p, f.v);
-  p = vfmaq_f32(vdupq_n_f32(1.0f), p, f.v);
-  const int32x4_t shift = vshlq_n_s32(vreinterpretq_s32_f32(rounded.v), 23);
-  return {vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(p), shift))};
-}
+#include "vec_neon.h"
 #endif
 
-#if defined(FASTATTN_X86_VECTORS) || (defined(__ARM_NEON) && defined(__aarch64__))
-FASTATTN_INLINE float hmax(VecF a) {
-  float lane[VecF::kWidth];
-  store(lane, a);
-  float r = lane[0];
-  for (int i = 1; i < VecF::kWidth; ++i) r = (r > lane[i] || r != r) ? r : lane[i];
-  return r;
-}
-#endif
+namespace fastattn {
+namespace {
 
 FASTATTN_INLINE void prefetch(const void* p) {
 #if defined(__GNUC__) || defined(__clang__)
@@ -829,6 +438,21 @@ FASTATTN_INLINE Vec<float> exp2_below(Vec<float> x) {
   return exp2_parts(rounded, c - (rounded - magic));
 }
 FASTATTN_INLINE Vec<float> exp2(Vec<float> x) { return exp2_below(vmin(set1(128.0f), x)); }
+
+// exp2_below for rows that may hold any NaN: exp2_below keeps those without a payload.
+template <typename A, int kCount>
+FASTATTN_INLINE void exp2_or_nan(Vec<A> (&x)[kCount]) {
+#if defined(FASTATTN_X86_VECTORS) && defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) return exp2_scaled(x);
+#endif
+  for (Vec<A>& v : x) v = select(equal(v, v), exp2_below(v), v);
+}
+template <typename A>
+FASTATTN_INLINE Vec<A> exp2_or_nan(Vec<A> x) {
+  Vec<A> one[] = {x};
+  exp2_or_nan(one);
+  return one[0];
+}
 
 // e^x for x < 88, or NaN, to 1e-7 whatever the size of x: no product is rounded on the way, as
 // exp2(x * log2(e)) rounds one. For gradients, where that shows beside libm.

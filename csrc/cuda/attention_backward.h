@@ -39,7 +39,7 @@ struct BackwardCall {
 template <int kHeadDim>
 struct BackwardShape {
   static constexpr int kM = 16 * kAttentionWarps;          // what a block owns: queries, or keys
-  static constexpr int kN = kHeadDim <= 128 ? 64 : 32;     // what it walks through
+  static constexpr int kN = kHeadDim <= 64 ? 64 : 32;      // what it walks through
   static constexpr int kStages = kHeadDim <= 128 ? 2 : 1;  // tiles of them in shared memory
   static constexpr int kColumns = kHeadDim <= 128 ? kHeadDim : kHeadDim / 2;  // of dk and dv
   static constexpr size_t kBytes = size_t(2 * kM + 2 * kN * kStages) * kHeadDim * 2;
@@ -263,6 +263,7 @@ attention_dq_kernel(FASTATTN_PARAMS BackwardCall c) {
     }
   }
   wait_copies<0>();
+  sync_threads();  // everything has arrived everywhere, also where there was nothing to walk
 
   int unsound = 0;
   FASTATTN_UNROLL
@@ -409,6 +410,7 @@ attention_dkdv_kernel(FASTATTN_PARAMS BackwardCall c) {
     }
   }
   wait_copies<0>();
+  sync_threads();  // everything has arrived everywhere, also where there was nothing to walk
 
   int unsound = 0;
   FASTATTN_UNROLL

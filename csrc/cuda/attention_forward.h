@@ -226,7 +226,8 @@ attention_forward_kernel(FASTATTN_PARAMS ForwardCall c) {
     state.probabilities(x, start);
     multiply_columns<T, kRowTiles, kN, kHeadDim>(state.o, x, v_tile, 0);
   }
-  wait_copies<0>();  // of q, where there were no keys
+  wait_copies<0>();
+  sync_threads();  // q has arrived everywhere, also where there were no keys
 
   float finite[kRows];
   FASTATTN_UNROLL

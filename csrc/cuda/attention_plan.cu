@@ -1,5 +1,6 @@
 // How a call of attention becomes launches; and the kernels that know no head dim.
 #include <algorithm>
+#include <stdexcept>
 
 #include "attention_backward.h"
 #include "attention_forward.h"
@@ -36,7 +37,10 @@ Walk walk_of(const AttentionParams& p) {
 
 bool empty(const AttentionShape& s) { return s.batch * s.q_heads * s.q_len == 0; }
 
-void check_sizes(const AttentionShape& s, int64_t blocks) {
+void check(const AttentionParams& p, int64_t blocks) {
+  const AttentionShape& s = p.shape;
+  if (p.dtype != DType::kBFloat16 && p.dtype != DType::kFloat16)
+    throw std::invalid_argument("attention: serves bfloat16 and float16");
   if (s.q_len > 1 << 30 || s.k_len > 1 << 30 || blocks > 2147483647)
     throw std::invalid_argument("attention: serves up to 2^30 queries and keys, 2^31 tiles");
 }
@@ -74,15 +78,16 @@ size_t attention_shared_bytes(int64_t head_dim) {
 }
 
 // Enough parts that every multiprocessor has two blocks, and none of fewer than four tiles of keys.
-ForwardPlan attention_forward_plan(const AttentionParams& p, int multiprocessors, int capability) {
+ForwardPlan attention_forward_plan(const AttentionParams& p, const Device& device) {
   ForwardPlan plan;
   if (empty(p.shape)) return plan;
   // sm_90a's kernel splits no keys; it is faster all the same where it keeps half of the device.
   const int64_t sm90_tiles = p.shape.batch * p.shape.q_heads * ceil_div(p.shape.q_len, 128);
-  if (2 * sm90_tiles >= multiprocessors && sm90_serves(p, capability)) return plan;
+  if (2 * sm90_tiles >= device.multiprocessors && sm90_serves(p, device.capability)) return plan;
   const Walk w = walk_of(p);
   const int64_t most = ceil_div(p.shape.k_len, 4 * kChunk);
-  const int64_t wanted = 2 * int64_t(multiprocessors) / std::max<int64_t>(w.tiles * w.heads, 1);
+  const int64_t wanted =
+      2 * int64_t(device.multiprocessors) / std::max<int64_t>(w.tiles * w.heads, 1);
   int64_t parts = std::max<int64_t>(1, std::min({wanted, most, int64_t(128)}));
   if (parts > 1) {  // no empty ones
     const int64_t chunk = ceil_div(p.shape.k_len, parts * kChunk) * kChunk;
@@ -100,7 +105,7 @@ void attention_forward(const AttentionParams& p, const ForwardPlan& plan, float*
   const AttentionShape& s = p.shape;
   if (empty(s)) return;
   const Walk w = walk_of(p);
-  check_sizes(s, w.tiles * w.heads);
+  check(p, w.tiles * w.heads);
   ForwardCall c{};
   c.p = problem_of(p);
   c.lse = static_cast<float*>(p.lse);
@@ -135,10 +140,6 @@ void attention_forward(const AttentionParams& p, const ForwardPlan& plan, float*
     merge<f16>(c, device);
 }
 
-int64_t attention_backward_floats(const AttentionParams& p) {
-  return 4 * p.shape.batch * p.shape.q_heads * p.shape.q_len;
-}
-
 void attention_backward(const AttentionParams& p, const AttentionGrads& g, float* workspace,
                         const Device& device) {
   const AttentionShape& s = p.shape;
@@ -165,7 +166,7 @@ void attention_backward(const AttentionParams& p, const AttentionGrads& g, float
   c.shares_keys = g.dbias.stride[3] == 0;
   constexpr int64_t kTile = 32;  // no kernel's is smaller
   const int64_t most = ceil_div(std::max(s.q_len, s.k_len), kTile);
-  check_sizes(s, s.batch * s.q_heads * most * (g.dbias ? most : 1));
+  check(p, s.batch * s.q_heads * most * (g.dbias ? most : 1));
   with_head_dim(std::max(s.head_dim, s.v_dim),
                 [&](auto n) { attention_backward_of<decltype(n)::value>(p.dtype, c, device); });
 }

@@ -1,7 +1,7 @@
 // One attention call as its kernels see it, and what becomes of q.k:
 //   scale -> softcap -> ALiBi -> bias -> mask -> softmax -> dropout
 #pragma once
-#include "kernels.h"
+#include "launch.h"
 
 namespace fastattn {
 

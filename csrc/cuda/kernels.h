@@ -1,18 +1,24 @@
 // What module.cpp calls: each launches the kernels of one call.
 #pragma once
-#include "launch.h"
+#include <cstddef>
+
 #include "params.h"
 
 namespace fastattn {
 
 constexpr float kLog2e = 1.4426950408889634f;
 
+// Where a call runs: the address of a cudaStream_t.
+struct Stream {
+  void* handle = nullptr;
+};
+
 // What a call may use of the device.
 struct Device {
   size_t shared_bytes = 48 << 10;  // of a block
-  Stream stream;
-  int capability = 80;  // 90: sm_90
   int multiprocessors = 1;
+  int capability = 80;  // 90: sm_90
+  Stream stream;
 };
 
 void layer_norm_forward(const LayerNormParams& params, const Device& device);
@@ -27,13 +33,12 @@ struct ForwardPlan {
   int parts = 1;
   int64_t workspace_floats = 0;
 };
-ForwardPlan attention_forward_plan(const AttentionParams& params, int multiprocessors,
-                                   int capability = 80);
+ForwardPlan attention_forward_plan(const AttentionParams& params, const Device& device);
 void attention_forward(const AttentionParams& params, const ForwardPlan& plan, float* workspace,
                        const Device& device);
 
-// workspace: attention_backward_floats(params) of float32. grads.dbias is float32.
-int64_t attention_backward_floats(const AttentionParams& params);
+// workspace: (4, batch, q_heads, q_len) float32. grads.dbias is float32, and 0 is its stride where
+// the bias is shared.
 void attention_backward(const AttentionParams& params, const AttentionGrads& grads,
                         float* workspace, const Device& device);
 

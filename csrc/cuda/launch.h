@@ -1,20 +1,14 @@
 // The one way to start a kernel.
 #pragma once
-#include <stdexcept>
-#include <string>
 
+#include "kernels.h"
 #include "ptx.h"
 
 #ifndef FASTATTN_EMULATE
-#include <cuda_runtime_api.h>
+#include "status.h"
 #endif
 
 namespace fastattn {
-
-// Where a call runs. The address of a cudaStream_t as Python has it.
-struct Stream {
-  void* handle = nullptr;
-};
 
 struct Grid {
   int64_t x = 1, y = 1, z = 1;
@@ -37,12 +31,6 @@ void launch(const char* name, void (*kernel)(Params), Grid grid, int threads, si
 }
 
 #else
-
-inline void check(cudaError_t status, const char* name) {
-  if (status == cudaSuccess) return;
-  cudaGetLastError();  // the next call starts without it
-  throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(status));
-}
 
 template <typename Params>
 void launch(const char* name, void (*kernel)(Params), Grid grid, int threads, size_t shared_bytes,

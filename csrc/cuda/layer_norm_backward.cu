@@ -4,6 +4,8 @@
 // Blocks walk over rows and sum dweight and dbias for their columns in registers; each leaves one
 // row of partial sums, which a second kernel adds in order: no atomics. Rows too wide for registers
 // have a kernel of their own for these sums, which reads x and dy once more.
+#include <stdexcept>
+
 #include "kernels.h"
 #include "rows.h"
 

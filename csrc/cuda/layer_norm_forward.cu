@@ -172,8 +172,8 @@ layer_norm_forward_kernel(FASTATTN_PARAMS Call c) {
     }
     const float rstd = 1.0f / sqrtf(squares / count + float(p.eps));
     if (group.thread() == 0) {
-      if (!p.rms) static_cast<float*>(p.mean)[r] = first + centre;
-      static_cast<float*>(p.rstd)[r] = rstd;
+      if (p.mean) static_cast<float*>(p.mean)[r] = first + centre;
+      if (p.rstd) static_cast<float*>(p.rstd)[r] = rstd;
     }
     each_pack<kHeld, T>(group, width, [&](int k, int64_t column) {
       row.normalize(once ? at(k) : row.source_again(column), column, first, centre, rstd);
@@ -192,18 +192,9 @@ void forward(const LayerNormParams& p, const Device& device) {
   c.out_aligned = is_aligned(p.y) && is_aligned(p.new_residual) && p.width % kPack<T> == 0;
   c.weight_aligned = is_aligned(p.weight);
   c.bias_aligned = is_aligned(p.bias);
-  const int64_t blocks = (p.rows.count() + c.plan.groups - 1) / c.plan.groups;
-  const Grid grid{blocks < kMaxBlocks ? blocks : kMaxBlocks};
-  const auto run = [&](auto kernel) {
-    launch("layer_norm_forward", kernel, grid, c.plan.threads * c.plan.groups, c.plan.bytes,
-           device.stream, c);
-  };
-  if (c.plan.held == 1)
-    run(layer_norm_forward_kernel<T, 1>);
-  else if (c.plan.held == 4)
-    run(layer_norm_forward_kernel<T, 4>);
-  else
-    run(layer_norm_forward_kernel<T, 0>);
+  launch_rows("layer_norm_forward", c, p.rows.count(), device.stream,
+              layer_norm_forward_kernel<T, 1>, layer_norm_forward_kernel<T, 4>,
+              layer_norm_forward_kernel<T, 0>);
 }
 
 }  // namespace

@@ -1,6 +1,8 @@
 // What layer norm and softmax share: rows in packs of 16 bytes, groups of threads that take a row
 // each, and their sums.
 #pragma once
+#include <stdexcept>
+
 #include "launch.h"
 #include "params.h"
 
@@ -230,5 +232,17 @@ struct RowDropout {
     }
   }
 };
+
+// Starts the kernel for what the plan has a group hold of its row: one pack a thread, four, or
+// none, the row being read again. Where rows want more blocks than a grid may have, blocks walk on.
+template <typename Call>
+void launch_rows(const char* name, const Call& c, int64_t rows, Stream stream, void (*one)(Call),
+                 void (*four)(Call), void (*none)(Call)) {
+  const RowPlan& plan = c.plan;
+  const int64_t blocks = (rows + plan.groups - 1) / plan.groups;
+  const Grid grid{blocks < kMaxBlocks ? blocks : kMaxBlocks};
+  const auto kernel = plan.held == 1 ? one : plan.held == 4 ? four : none;
+  launch(name, kernel, grid, plan.threads * plan.groups, plan.bytes, stream, c);
+}
 
 }  // namespace fastattn

@@ -74,6 +74,12 @@ FASTATTN_DEVICE float masked_score(float score, const void* mask, DType dtype, i
   return score + load_one(mask, dtype, at);
 }
 
+// Raises unless both are served.
+inline void check_dtypes(DType x, DType y) {
+  with_type(x, [](auto) {});
+  with_type(y, [](auto) {});
+}
+
 // Lines that are columns, adjacent to one another: a block takes kColumns of them, and kLines
 // threads share each.
 constexpr int kColumns = 32, kLines = 16;

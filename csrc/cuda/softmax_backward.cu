@@ -108,18 +108,8 @@ void rows_backward(Call& c, const Device& device) {
   c.plan = row_plan(g.width, kPack<T>, 32, device.shared_bytes, 256);
   c.y_aligned = rows_aligned<T>(g.y, g.rows);
   c.dy_aligned = rows_aligned<T>(g.dy, g.rows);
-  const int64_t blocks = (g.rows.count() + c.plan.groups - 1) / c.plan.groups;
-  const Grid grid{blocks < kMaxBlocks ? blocks : kMaxBlocks};
-  const auto run = [&](auto kernel) {
-    launch("softmax_backward", kernel, grid, c.plan.threads * c.plan.groups, c.plan.bytes,
-           device.stream, c);
-  };
-  if (c.plan.held == 1)
-    run(softmax_backward_kernel<T, 1>);
-  else if (c.plan.held == 4)
-    run(softmax_backward_kernel<T, 4>);
-  else
-    run(softmax_backward_kernel<T, 0>);
+  launch_rows("softmax_backward", c, g.rows.count(), device.stream, softmax_backward_kernel<T, 1>,
+              softmax_backward_kernel<T, 4>, softmax_backward_kernel<T, 0>);
 }
 
 }  // namespace
@@ -128,6 +118,7 @@ void softmax_backward(const SoftmaxGrads& g, const Device& device) {
   Call c{};
   c.g = g;
   c.scale = float(g.scale);
+  check_dtypes(g.x_dtype, g.y_dtype);
   if (g.inner > 1) {
     const int64_t blocks = g.rows.count() * ((g.inner + kColumns - 1) / kColumns);
     launch("softmax_backward, columns", softmax_backward_columns_kernel, Grid{blocks},

@@ -129,18 +129,8 @@ void rows_forward(Call& c, const Device& device) {
   const SoftmaxParams& p = c.p;
   c.plan = row_plan(p.width, kPack<T>, 4 * kPack<T>, device.shared_bytes, 256);
   c.x_aligned = rows_aligned<T>(p.x, p.rows);
-  const int64_t blocks = (p.rows.count() + c.plan.groups - 1) / c.plan.groups;
-  const Grid grid{blocks < kMaxBlocks ? blocks : kMaxBlocks};
-  const auto run = [&](auto kernel) {
-    launch("softmax_forward", kernel, grid, c.plan.threads * c.plan.groups, c.plan.bytes,
-           device.stream, c);
-  };
-  if (c.plan.held == 1)
-    run(softmax_forward_kernel<T, 1>);
-  else if (c.plan.held == 4)
-    run(softmax_forward_kernel<T, 4>);
-  else
-    run(softmax_forward_kernel<T, 0>);
+  launch_rows("softmax_forward", c, p.rows.count(), device.stream, softmax_forward_kernel<T, 1>,
+              softmax_forward_kernel<T, 4>, softmax_forward_kernel<T, 0>);
 }
 
 }  // namespace
@@ -149,6 +139,7 @@ void softmax_forward(const SoftmaxParams& p, const Device& device) {
   Call c{};
   c.p = p;
   c.scale = float(p.scale);
+  check_dtypes(p.x_dtype, p.y_dtype);
   if (p.inner > 1) {
     const int64_t blocks = p.rows.count() * ((p.inner + kColumns - 1) / kColumns);
     launch("softmax_forward, columns", softmax_forward_columns_kernel, Grid{blocks},

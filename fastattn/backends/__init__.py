@@ -2,6 +2,7 @@
 
 from .base import Backend
 from .cpu import CpuBackend
+from .cuda import CudaBackend
 from .reference import ReferenceBackend
 from .triton import TritonBackend
 
@@ -10,6 +11,7 @@ BACKENDS: dict[str, Backend] = {
     for backend in (
         CpuBackend(),
         TritonBackend(),
+        CudaBackend(),
         ReferenceBackend(),
     )
 }

@@ -6,6 +6,7 @@ tensors as the user gave them: any strides, any offset, stride 0 where something
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -28,10 +29,32 @@ def empty_output(q: Tensor, v_dim: int) -> Tensor:
     Laid out as q is: contiguous, or (B, Sq, Hq, v_dim) in memory when q's heads lie inside its
     sequence, so that a model's ``out.transpose(1, 2).reshape(...)`` costs no copy.
     """
-    batch, heads, length, _ = q.shape
+    batch, heads, length, head_dim = q.shape
     if q.stride(1) < q.stride(2):
         return q.new_empty((batch, length, heads, v_dim)).transpose(1, 2)
+    if v_dim == head_dim and q.is_contiguous():
+        return torch.empty_like(q)  # the same, sooner
     return q.new_empty((batch, heads, length, v_dim))
+
+
+def bias_gradient_shape(bias: Tensor) -> list[int]:
+    """The shape of dbias: one along the dimensions in which the call's bias is broadcast."""
+    return [size if step else 1 for size, step in zip(bias.shape, bias.stride(), strict=True)]
+
+
+def sink_gradient(
+    sinks: Tensor, lse: Tensor, lse_low: Tensor | None, delta: Tensor, dlse: Tensor | None
+) -> Tensor:
+    """dsinks (Hq,), of lse and delta = rowsum(dout * out), (B, Hq, Sq).
+
+    A sink's probability is exp(sink - lse); its value is zero, so its dp is too. One number gathers
+    from every row: in float64, as the sum of many like the parts.
+    """
+    exact_lse = lse.double() if lse_low is None else lse.double() + lse_low
+    share = torch.exp(sinks.double()[:, None] - exact_lse)
+    share = share.masked_fill(lse == -math.inf, 0.0)
+    dlogit = share * (delta if dlse is None else delta - dlse)
+    return -dlogit.sum((0, 2)).to(sinks.dtype)
 
 
 class AttentionCall(NamedTuple):
@@ -55,6 +78,7 @@ class AttentionCall(NamedTuple):
     right: int
     shift: int
     dropout_p: float
+    for_backward: bool = True  # else lse_low may be None
 
 
 class LayerNormCall(NamedTuple):
@@ -69,6 +93,7 @@ class LayerNormCall(NamedTuple):
     eps: float
     rms: bool  # RMS norm: no mean is subtracted
     dropout_p: float
+    for_backward: bool = True  # else mean and rstd may be None
 
 
 class SoftmaxCall(NamedTuple):
@@ -135,7 +160,7 @@ class Backend:
 
     def layer_norm_forward(
         self, call: LayerNormCall
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """(y, new_residual, mean, rstd): y and new_residual contiguous in x's shape and dtype;
         mean (None for RMS) and rstd (rows,) in the statistics dtype."""
         raise NotImplementedError

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import importlib
-import math
 import os
 from importlib.util import find_spec
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .base import AttentionCall, Backend, Needs, empty_output, statistics_dtype
-from .cpu_rows import DTYPES, RowKernels
+from .base import (
+    AttentionCall,
+    Backend,
+    Needs,
+    bias_gradient_shape,
+    empty_output,
+    sink_gradient,
+    statistics_dtype,
+)
+from .extension import show_tensors
+from .row_kernels import RowKernels
 
 if TYPE_CHECKING:
     from ..dispatch import Request
 
+CPU = torch.device("cpu")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ISAS = ("avx512bf16", "avx512", "avx2", "neon", "baseline")  # best first
 
 
@@ -48,7 +58,9 @@ def load_extension() -> tuple[ModuleType | None, str, str]:
         ).usable_isas()
         for isa in [wanted] if wanted else [isa for isa in ISAS if isa in built]:
             if isa in usable:
-                return importlib.import_module(f"fastattn._cpu_{isa}"), isa, ""
+                module = importlib.import_module(f"fastattn._cpu_{isa}")
+                obstacle = show_tensors(module)
+                return (None, "", obstacle) if obstacle else (module, isa, "")
     if wanted:
         raise ImportError(f"FASTATTN_CPU_ISA={wanted!r}: this CPU or its system does not have it")
     return None, "", reason or "no extension that was built runs on this CPU"
@@ -66,20 +78,32 @@ class CpuBackend(RowKernels, Backend):
     def detail(self) -> str:
         return self.isa
 
+    def launch_arguments(self) -> tuple[Any, ...]:
+        return (torch.get_num_threads(),)
+
     def reasons(self, request: Request) -> list[str]:
         reasons = []
-        if request.device.type != "cpu":
+        # Devices compare faster than they tell their type.
+        if request.device != CPU and request.device.type != "cpu":
             reasons.append(f"needs a CPU tensor (got {request.device.type})")
         if request.dtype not in DTYPES:
             reasons.append(f"serves float32, float64, bfloat16 and float16 (got {request.dtype})")
         return reasons
 
-    def attention_forward(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+    def multiply_add_rate(self, dtype: torch.dtype) -> float:
+        """Operations a second of bare multiply-adds on every thread; 0 if nothing was compiled."""
+        if self.module is None:
+            return 0.0
+        rate = self.module.multiply_add_rate(torch.ones(1, dtype=dtype), torch.get_num_threads())
+        return float(rate)
+
+    def attention_forward(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor | None]:
         q = call.q
-        out = empty_output(q, call.v.shape[-1])
-        lse = torch.empty(q.shape[:3], dtype=statistics_dtype(q.dtype))
-        lse_low = torch.empty_like(lse)
-        self.module.attention_forward(attention_problem(call, out, lse, lse_low))
+        batch, heads, length, _ = q.shape
+        out = empty_output(q, call.v.shape[3])
+        lse = torch.empty((batch, heads, length), dtype=statistics_dtype(q.dtype))
+        lse_low = torch.empty_like(lse) if call.for_backward else None
+        self.module.attention_forward(call, out, lse, lse_low, torch.get_num_threads())
         return out, lse, lse_low
 
     def attention_backward(
@@ -99,75 +123,18 @@ class CpuBackend(RowKernels, Backend):
             new(tensor) if need else None
             for tensor, need in zip((call.q, call.k, call.v), needs, strict=False)
         )
-        dbias = dbias_view = None
+        dbias = None
         if bias is not None and needs[3]:
-            shape = [
-                size if step else 1 for size, step in zip(bias.shape, bias.stride(), strict=True)
-            ]
-            dbias = lse.new_zeros(shape)  # zeros: whole tiles may be masked
-            dbias_view = broadcast_view(dbias, bias)
+            dbias = lse.new_zeros(bias_gradient_shape(bias))  # zeros: whole tiles may be masked
         delta = torch.empty_like(lse)
         if dlse is not None:
             dlse = dlse.to(lse.dtype).contiguous()
-        self.module.attention_backward(
-            attention_problem(call, out, lse, lse_low),
-            (
-                view(dout),
-                0 if dlse is None else dlse.data_ptr(),
-                delta.data_ptr(),
-                None if dq is None else view(dq),
-                None if dk is None else view(dk),
-                None if dv is None else view(dv),
-                dbias_view,
-            ),
-        )
+        outputs = (delta, dq, dk, dv, dbias)
+        results, threads = (out, lse, lse_low), torch.get_num_threads()
+        self.module.attention_backward(call, results, dout, dlse, outputs, threads)
         dsinks = None
         if sinks is not None and needs[4]:
-            # The sink's probability is exp(sink - lse); its value is zero, so its dp is too.
-            # One number gathers from every row: in float64, as the sum of many like the parts.
-            exact_lse = lse.double() if lse_low is None else lse.double() + lse_low
-            share = torch.exp(sinks.double()[:, None] - exact_lse)
-            share = share.masked_fill(lse == -math.inf, 0.0)
-            dlogit = share * (delta if dlse is None else delta - dlse)
-            dsinks = -dlogit.sum((0, 2)).to(sinks.dtype)
+            dsinks = sink_gradient(sinks, lse, lse_low, delta, dlse)
         if bias is not None and dbias is not None:
             dbias = dbias.to(bias.dtype)
         return dq, dk, dv, dbias, dsinks
-
-
-def view(tensor: Tensor) -> tuple[int, ...]:
-    return (tensor.data_ptr(), *tensor.stride())
-
-
-def broadcast_view(tensor: Tensor, like: Tensor) -> tuple[int, ...]:
-    """The view of ``tensor`` with stride 0 where ``like``, of which it is the gradient, has it."""
-    strides = (
-        step if other else 0 for step, other in zip(tensor.stride(), like.stride(), strict=True)
-    )
-    return (tensor.data_ptr(), *strides)
-
-
-def attention_problem(
-    call: AttentionCall, out: Tensor, lse: Tensor, lse_low: Tensor | None
-) -> tuple:
-    """The fields of AttentionParams (csrc/common/params.h), in the order of bind.h."""
-    q, k, v, bias, sinks = call.q, call.k, call.v, call.bias, call.sinks
-    batch, heads, q_len, head_dim = q.shape
-    return (
-        DTYPES[q.dtype],
-        (batch, heads, k.shape[1], q_len, k.shape[2], head_dim, v.shape[3]),
-        view(q),
-        view(k),
-        view(v),
-        view(out),
-        lse.data_ptr(),
-        0 if lse_low is None else lse_low.data_ptr(),
-        None if bias is None else view(bias),
-        DTYPES[torch.bool] if bias is None else DTYPES[bias.dtype],
-        None if call.alibi_slopes is None else view(call.alibi_slopes),
-        0 if sinks is None else sinks.data_ptr(),
-        (call.scale, call.softcap),
-        (call.left, call.right, call.shift),
-        None if call.seed is None else (call.dropout_p, call.seed.item()),
-        torch.get_num_threads(),
-    )

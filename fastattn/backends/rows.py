@@ -16,27 +16,20 @@ from torch import Tensor
 def rows_of(width: int, *tensors: Tensor | None) -> Any:
     """(rows along three dimensions, the tensors to read, their three strides): tensors of one
     shape, whose trailing ``width`` numbers make a row. The first is not None."""
-    strides: list[tuple[int, ...] | None] = []
-    for x in tensors:
-        if x is None:
-            strides.append(None)
-        elif x.is_contiguous():
-            strides.append((0, 0, width))
-        else:
-            break
-    else:
-        return (1, 1, tensors[0].numel() // width), tensors, strides  # type: ignore[union-attr]
-    shape = tensors[0].shape  # type: ignore[union-attr]
+    if _contiguous(tensors):
+        rows = tensors[0].numel() // width  # type: ignore[union-attr]
+        return (1, 1, rows), tensors, ((0, 0, width),) * len(tensors)
+    shape = tuple(tensors[0].shape)  # type: ignore[union-attr]
     lead, size = len(shape), 1
     while size < width:
         lead -= 1
         size *= shape[lead]
-    held = [x if x is None or _dense(x, lead) else x.contiguous() for x in tensors]
+    held = tuple(x if x is None or _dense(x, lead) else x.contiguous() for x in tensors)
     dims, merged = _merge(shape[:lead], [x.stride() for x in held if x is not None])
     if len(dims) > 3:
         return rows_of(width, *(None if x is None else x.contiguous() for x in held))
     found = iter(merged)
-    return _pad(dims), held, [None if x is None else next(found) for x in held]
+    return _pad(dims), held, tuple(None if x is None else next(found) for x in held)
 
 
 def columns_of(dim: int, tensors: tuple[Tensor, ...], mask: Tensor | None = None) -> Any:
@@ -44,15 +37,15 @@ def columns_of(dim: int, tensors: tuple[Tensor, ...], mask: Tensor | None = None
     tensors of one shape, seen as rows x width x inner columns. Strides are those of the three
     dimensions of rows and of ``dim``; columns are adjacent, in the mask (the last of the tensors,
     where there is one) adjacent or, for an inner stride of 0, one."""
-    shape = tensors[0].shape
+    shape = tuple(tensors[0].shape)  # torch.Size is slow to slice
     width, inner = shape[dim], prod(shape[dim + 1 :])
-    if mask is None and all(x.is_contiguous() for x in tensors):
+    if mask is None and _contiguous(tensors):
         step = width * inner
         sizes = (1, 1, tensors[0].numel() // step, width, inner)
-        return sizes, tensors, [(0, 0, step, inner)] * len(tensors), 1
+        return sizes, tensors, ((0, 0, step, inner),) * len(tensors), 1
     # Numbers that are neighbours in a row, or across columns, must be neighbours in memory.
     adjacent = dim if inner == 1 else dim + 1
-    held = [x if _dense(x, adjacent) else x.contiguous() for x in tensors]
+    held = tuple(x if _dense(x, adjacent) else x.contiguous() for x in tensors)
     mask_inner = 1
     if mask is not None:
         if not any(
@@ -61,13 +54,20 @@ def columns_of(dim: int, tensors: tuple[Tensor, ...], mask: Tensor | None = None
             mask_inner = 0
         elif not _dense(mask, dim + 1):
             mask = mask.contiguous()
-        held.append(mask)
+        held += (mask,)
     dims, merged = _merge(shape[:dim], [x.stride() for x in held])
     if len(dims) > 3:
         tensors = tuple(x.contiguous() for x in tensors)
         return columns_of(dim, tensors, None if mask is None else mask.contiguous())
-    strides = [(*outer, x.stride(dim)) for x, outer in zip(held, merged, strict=True)]
+    strides = tuple((*outer, x.stride(dim)) for x, outer in zip(held, merged, strict=True))
     return (*_pad(dims), width, inner), held, strides, mask_inner
+
+
+def _contiguous(tensors: tuple[Tensor | None, ...]) -> bool:
+    for x in tensors:  # noqa: SIM110 -- faster than all(), and runs at every call
+        if x is not None and not x.is_contiguous():
+            return False
+    return True
 
 
 def _dense(x: Tensor, lead: int) -> bool:

@@ -1,4 +1,4 @@
-"""What this machine can do at most, measured through torch: GEMM of each dtype, and a copy."""
+"""What this machine can do at most, measured: bare multiply-adds of each dtype, and a copy."""
 
 from __future__ import annotations
 
@@ -8,28 +8,31 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from ..backends.cpu import CpuBackend
 from .results import Result
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """GFLOP/s of a square GEMM by dtype, and GB/s (read plus written) of a 256 MB copy."""
+    """GFLOP/s of arithmetic by dtype: of multiply-adds that load nothing, or of torch's GEMM where
+    that is faster; and GB/s (read plus written) of a 256 MB copy."""
 
-    gemm: dict[str, float]
+    arithmetic: dict[str, float]
     copy: float
 
     def compute(self, dtype: str) -> float:
         """The roof for arithmetic in `dtype`. Narrow types may be widened, so it is never under
         float32's: where the machine has no bfloat16 instructions, torch's GEMM is not a roof."""
-        roofs = [self.gemm[dtype]] if dtype in self.gemm else []
+        roofs = [self.arithmetic[dtype]] if dtype in self.arithmetic else []
         if dtype != "float64":
-            roofs.append(self.gemm["float32"])
+            roofs.append(self.arithmetic["float32"])
         return max(roofs)
 
     def or_better(self, other: Ceilings) -> Ceilings:
         """The higher of two measurements, one by one."""
-        gemm = {dtype: max(rate, other.gemm[dtype]) for dtype, rate in self.gemm.items()}
-        return Ceilings(gemm, max(self.copy, other.copy))
+        rates = self.arithmetic.items()
+        arithmetic = {dtype: max(rate, other.arithmetic[dtype]) for dtype, rate in rates}
+        return Ceilings(arithmetic, max(self.copy, other.copy))
 
     def hold_against(self, result: Result) -> None:
         """Say which roof is over a result and how near it came."""
@@ -65,15 +68,17 @@ def _gemm(dtype: torch.dtype, size: int, budget_s: float) -> float:
 
 
 def measure(budget_s: float = 0.4) -> Ceilings:
-    gemm = {}
+    cpu = CpuBackend()
+    arithmetic = {}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         # Without instructions for a dtype torch's GEMM can be a hundred times slower; such a
         # number is no ceiling, so a small product decides whether the large one is worth it.
         rate = _gemm(dtype, 192, budget_s / 8)
         if rate > 20:
             rate = _gemm(dtype, 1536, budget_s)
-        gemm[str(dtype).removeprefix("torch.")] = rate
+        rate = max(rate, 1e-9 * cpu.multiply_add_rate(dtype))
+        arithmetic[str(dtype).removeprefix("torch.")] = rate
     source = torch.ones(1 << 26)
     target = torch.zeros_like(source)
     copy_s = best_of(lambda: target.copy_(source), budget_s)
-    return Ceilings(gemm, 2e-9 * source.nbytes / copy_s)
+    return Ceilings(arithmetic, 2e-9 * source.nbytes / copy_s)

@@ -11,19 +11,40 @@ import torch
 
 from .. import backends
 from ..console import BAD, DIM, EXTRAS, Console
-from . import allocator, ceilings, compare, html, machine, memory, plots, report, table, transformer
+from . import (
+    allocator,
+    ceilings,
+    compare,
+    gpu,
+    gpu_table,
+    html,
+    machine,
+    memory,
+    overhead,
+    plots,
+    report,
+    table,
+    transformer,
+)
 from .results import Peak, Report, Result
 from .runner import Options, Runner
 from .table import Benchmark
 from .transformer import TransformerBenchmark
 
 QUICK_BUDGET_S, FULL_BUDGET_S = 0.35, 2.0
+RESULTS = Path("benchmarks/results")  # where a GPU's figures go if nothing else is said
 
 
 def bench(console: Console, options: argparse.Namespace) -> int:
+    on_gpu = options.device == "cuda"
+    if on_gpu and not options.list:
+        options.json = options.json or RESULTS / "cuda.json"
+        options.html = options.html or RESULTS / "cuda.html"
     try:  # what is wrong shows before the run, not after it
         if options.html:
             plots.require_matplotlib()
+        if on_gpu and not options.list and (reason := gpu.unavailable()):
+            raise ValueError(f"--device cuda: {reason}")
         if options.backend is not None:
             check_backend(options.backend)
         for path in filter(None, (options.json, options.html)):
@@ -35,11 +56,12 @@ def bench(console: Console, options: argparse.Namespace) -> int:
     if console.rich is None:
         console.line(f"plain tables and no progress bar; for more: {EXTRAS}")
 
-    kernels = table.choose(options.full, options.op, options.dtype, options.case)
-    models = choose_transformers(options)
+    benchmarks = gpu_table.BENCHMARKS if on_gpu else table.BENCHMARKS
+    kernels = table.choose(options.full, options.op, options.dtype, options.case, benchmarks)
+    models = [] if on_gpu else choose_transformers(options)
     if options.list:
         for kernel in kernels:
-            console.line(kernel.id + (f"  goal {kernel.goal:g}x" if kernel.goal else ""))
+            console.line(kernel.id + goals(kernel))
         for model in models:
             console.line(model.id)
         return 0
@@ -59,6 +81,11 @@ def bench(console: Console, options: argparse.Namespace) -> int:
         if path:
             console.line(f"wrote {path}", DIM)
     return 1 if any(result.failure for result in outcome.results) else 0
+
+
+def goals(benchmark: Benchmark) -> str:
+    text = f"  goal {benchmark.goal:g}x" if benchmark.goal else ""
+    return text + (f"  goal {benchmark.roof_goal:.0%} of roof" if benchmark.roof_goal else "")
 
 
 def check_backend(name: str) -> None:
@@ -97,6 +124,8 @@ def run(
 ) -> Report:
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.device == "cuda":
+        return run_on_gpu(console, options, kernels)
     started = time.monotonic()
     others = machine.Others()
     budget_s = FULL_BUDGET_S if options.full else QUICK_BUDGET_S
@@ -127,13 +156,47 @@ def run(
         # Once more, at the other end of the run: a roof must not come from a disturbed moment.
         roofs = roofs.or_better(ceilings.measure())
         advance("ceilings of this machine")
+    finish(outcome, roofs, others, started)
+    return outcome
+
+
+def run_on_gpu(console: Console, options: argparse.Namespace, kernels: list[Benchmark]) -> Report:
+    """By the device's own clock, under its own ceilings."""
+    started, others = time.monotonic(), machine.Others()
+    device = gpu.device()
+    outcome = Report(preset="full" if options.full else "quick", machine=machine.describe())
+    outcome.machine |= {"device": "cuda", **gpu.describe(device)}
+    outcome.started = time.strftime("%Y-%m-%d %H:%M:%S %z")
+    with console.progress(2 + len(kernels), "bench") as advance:
+        advance("ceilings of this device")
+        stopwatch = gpu.Stopwatch(device)
+        roofs = gpu.measure_ceilings(stopwatch)
+        outcome.host_us = overhead.launch_microseconds(device, options.backend)
+        settings = Options(
+            threads=torch.get_num_threads(),
+            budget_s=FULL_BUDGET_S if options.full else QUICK_BUDGET_S,
+            backend=options.backend,
+            flex=True,
+            device=str(device),
+        )
+        for result in Runner(settings, stopwatch.sample).run_all(kernels):
+            outcome.results.append(result)
+            advance(result.id)
+        roofs = roofs.or_better(gpu.measure_ceilings(stopwatch))
+        advance("ceilings of this device")
+    finish(outcome, roofs, others, started)
+    return outcome
+
+
+def finish(
+    outcome: Report, roofs: ceilings.Ceilings, others: machine.Others, started: float
+) -> None:
     outcome.ceilings = roofs.to_json()
     for result in outcome.results:
         roofs.hold_against(result)
     outcome.machine["others"] = others.share()
     outcome.seconds = time.monotonic() - started
     outcome.notes = notes(outcome)
-    return outcome
 
 
 def _results(

@@ -1,4 +1,5 @@
-"""Who runs in a benchmark: ours, naive PyTorch, torch's fused operator, FlexAttention."""
+"""Who runs in a benchmark: ours, naive PyTorch, torch's fused operator, FlexAttention; on a GPU
+ours and its peers."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..cases import AttentionCase, Case, Inputs
-from . import naive
+from ..spec import AttentionSpec
+from . import naive, peers
 from .table import Benchmark
 from .timing import Call
 
@@ -36,8 +38,10 @@ def forwards(case: Case, inputs: Inputs, backend: str | None) -> dict[str, Calla
     return calls
 
 
-def make(benchmark: Benchmark, backend: str | None, flex: bool) -> Contenders:
+def make(benchmark: Benchmark, backend: str | None, flex: bool, device: str = "cpu") -> Contenders:
     """Every contender of a benchmark as a function of nothing, on inputs of its own case."""
+    if benchmark.gpu:
+        return _make_on_gpu(benchmark, backend, device)
     case = benchmark.case
     learns = benchmark.direction != "forward"
     inputs = case.make_inputs(requires_grad=learns)
@@ -51,9 +55,33 @@ def make(benchmark: Benchmark, backend: str | None, flex: bool) -> Contenders:
             try:
                 contenders.calls[FLEX] = _no_grad(_flex_attention(case, inputs))
             except Exception as error:  # whatever the compiler stumbles over is its reason
-                line = (str(error).strip().splitlines() or [""])[0]
-                contenders.absent[FLEX] = f"{type(error).__name__}: {line[:160]}"
+                contenders.absent[FLEX] = _reason(error)
     return contenders
+
+
+def _make_on_gpu(benchmark: Benchmark, backend: str | None, device: str) -> Contenders:
+    """Ours and every peer that runs: each is called once, as it will be timed."""
+    case = benchmark.case
+    inputs = case.make_inputs(device=device, requires_grad=benchmark.direction != "forward")
+    contenders = Contenders()
+    contenders.calls[OURS] = _timed(benchmark, lambda: case.run(inputs, backend)[0], inputs)
+    makers = peers.of(case, inputs)
+    if benchmark.flex and isinstance(case, AttentionCase):
+        makers[FLEX] = lambda: _flex_attention(case, inputs)
+    for name, make_forward in makers.items():
+        try:
+            call = _timed(benchmark, make_forward(), inputs)
+            call()
+        except Exception as error:  # who cannot take part says why
+            contenders.absent[name] = _reason(error)
+        else:
+            contenders.calls[name] = call
+    return contenders
+
+
+def _reason(error: Exception) -> str:
+    line = (str(error).strip().splitlines() or [""])[0][:160]
+    return line if isinstance(error, peers.Absent) else f"{type(error).__name__}: {line}"
 
 
 def _timed(benchmark: Benchmark, forward: Callable[[], Tensor], inputs: Inputs) -> Call:
@@ -100,17 +128,19 @@ def _flex_attention(case: AttentionCase, inputs: Inputs) -> Callable[[], Tensor]
     torch._dynamo.reset()  # type: ignore[no-untyped-call]
     q, k, v = inputs["q"], inputs["k"], inputs["v"]
     mask = None
-    if case.causal:
-        shift = k.shape[2] - q.shape[2]
+    left, right, shift = AttentionSpec.of(q, k, v, causal=case.causal, window=case.window).mask
+    if left >= 0 or right >= 0:
 
         def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return i + shift >= j
+            near = i + shift >= j - right if right >= 0 else j >= 0
+            return near & (i + shift <= j + left) if left >= 0 else near
 
         mask = create_block_mask(sees, None, None, q.shape[2], k.shape[2], device=str(q.device))
     compiled = torch.compile(flex_attention)
 
     def call() -> Tensor:
-        return compiled(q, k, v, block_mask=mask, scale=case.scale)
+        grouped = q.shape[1] != k.shape[1]
+        return compiled(q, k, v, block_mask=mask, scale=case.scale, enable_gqa=grouped)
 
     with torch.no_grad():
         call()

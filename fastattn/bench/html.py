@@ -8,7 +8,18 @@ from pathlib import Path
 
 from ..console import Cell
 from . import plots
-from .report import COLUMNS, LEGEND, grouped, head, memory_rows, row, summary
+from .report import (
+    HOST_TITLE,
+    columns,
+    contenders_of,
+    grouped,
+    head,
+    host_rows,
+    legend,
+    memory_rows,
+    row,
+    summary,
+)
 from .results import Report
 
 STYLE = """
@@ -51,13 +62,16 @@ def render(report: Report) -> str:
     parts.append("<h2>All figures</h2>")
     for title, results in grouped(report.results).items():
         parts.append(f"<h3>{escape(title)} [ms]</h3>")
-        parts.append(table(COLUMNS, map(row, results)))
+        names = contenders_of(results)
+        parts.append(table(columns(names), (row(r, names) for r in results)))
+    if report.host_us:
+        parts.append(f"<h3>{escape(HOST_TITLE)}</h3>")
+        parts.append(table(("", "us"), host_rows(report)))
     if report.memory:
         parts.append("<h3>Attention, MB beyond inputs and outputs (causal float32 B1 H8 D64)</h3>")
         parts.append(table(("", "ours", "torch", "naive"), memory_rows(report.memory)))
-    parts.append(
-        f'<p class="dim">{escape(LEGEND)}. Every case was checked against float64 first.</p>'
-    )
+    checked = "Every case was checked against float64 first."
+    parts.append(f'<p class="dim">{escape(legend(report))}. {checked}</p>')
     failed = [f"{r.id}: {r.failure}" for r in report.results if r.failure]
     parts += [f'<p class="red">FAILED {escape(line)}</p>' for line in failed]
     absent = [(r.id, n, why) for r in report.results for n, why in r.absent.items()]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..console import BAD, BOLD, DIM, GOOD, Cell, Console
 from .results import Peak, Report, Result
 
@@ -15,12 +17,31 @@ SECTIONS = (
     ("softmax", "backward", "Softmax, backward alone"),
     ("transformer", "", "Transformer, fused against naive"),
 )
-COLUMNS = ("case", "ours", "torch", "naive", "flex", "ratio", "range", "goal", "", "rate", "roof")
+CONTENDERS = ("ours", "torch", "naive", "flex")  # on a CPU
+PEERS = ("ours", "cudnn", "flash", "efficient", "fa3", "flex", "torch", "compile", "liger")  # a GPU
 LEGEND = (
     "ratio: torch's time over ours (naive's where torch has no such operator); range: its least "
-    "and most over the rounds; roof: share of this machine's measured GEMM or copy ceiling; "
+    "and most over the rounds; roof: share of this machine's multiply-add or copy ceiling; "
     "flex: with --flex or --full"
 )
+GPU_LEGEND = (
+    "ratio: the time of the fastest of the others over ours (layer norm backward: torch's); range: "
+    "its least and most over the rounds; roof: share of the measured GEMM or copy ceiling, and the "
+    "share that is the goal; times are the device's alone, but for small calls, where they are the "
+    "host's"
+)
+
+
+def contenders_of(results: list[Result]) -> tuple[str, ...]:
+    """Who has a column in a table of these results."""
+    if all(result.device == "cpu" for result in results):
+        return CONTENDERS
+    named = {name for result in results for name in (*result.times, *result.absent)}
+    return tuple(name for name in PEERS if name in named)
+
+
+def columns(contenders: tuple[str, ...] = CONTENDERS) -> tuple[str, ...]:
+    return ("case", *contenders, "ratio", "range", "goal", "", "rate", "roof")
 
 
 def milliseconds(seconds: float) -> str:
@@ -45,16 +66,19 @@ def short_name(result: Result) -> str:
     return name if distinct else f"{name} {result.direction}"
 
 
-def row(result: Result) -> list[Cell]:
+def speed(gflops: float) -> str:
+    return f"{gflops / 1e3:.0f} TFLOP/s" if gflops >= 1e4 else f"{gflops:.0f} GFLOP/s"
+
+
+def row(result: Result, contenders: tuple[str, ...] = CONTENDERS) -> list[Cell]:
     cells: list[Cell] = [short_name(result)]
     if result.failure:
-        return [*cells, ("failed", BAD), *[""] * 9]
-    for contender in ("ours", "torch", "naive", "flex"):
+        return [*cells, ("failed", BAD), *[""] * (len(contenders) + 5)]
+    for contender in contenders:
         timing = result.times.get(contender)
         missing = "absent" if contender in result.absent else ""
         cells.append(milliseconds(timing["median"]) if timing else (missing, DIM))
-    rival = "torch" if "torch" in result.ratios else "naive"
-    spread = result.ratios.get(rival)
+    spread = result.ratios.get(result.rival or "")
     ratio = result.ratio
     verdict: Cell = ""
     style = BOLD
@@ -62,7 +86,7 @@ def row(result: Result) -> list[Cell]:
         style = GOOD if result.reached else BAD
         verdict = ("ok" if result.reached else "below", style)
     rates = {
-        "compute": f"{result.gflops:.0f} GFLOP/s",
+        "compute": speed(result.gflops),
         "memory": f"{result.gbytes:.1f} GB/s",
         "": f"{result.tokens:.0f} token/s",
     }
@@ -73,8 +97,12 @@ def row(result: Result) -> list[Cell]:
         "" if result.goal is None else f"{result.goal:g}x",
         verdict,
         rates[result.bound],
-        f"{result.of_ceiling:.0%}" if result.bound else "",
+        f"{result.of_ceiling:.0%}{roof_goal(result)}" if result.bound else "",
     ]
+
+
+def roof_goal(result: Result) -> str:
+    return "" if result.roof_goal is None else f" of {result.roof_goal:.0%}"
 
 
 def grouped(results: list[Result]) -> dict[str, list[Result]]:
@@ -115,26 +143,52 @@ def memory_rows(peaks: list[Peak]) -> list[list[Cell]]:
 
 def head(report: Report) -> list[str]:
     machine, roofs = report.machine, report.ceilings
-    gemm = ", ".join(f"{name} {rate:.0f}" for name, rate in roofs["gemm"].items())
+    on_gpu = machine.get("device", "cpu") != "cpu"
+    rates = ", ".join(f"{name} {speed(rate)}" for name, rate in roofs["arithmetic"].items())
+    arithmetic = "GEMM" if on_gpu else "multiply-adds"
     flags = " ".join(machine["flags"])
-    reuse = report.allocator.get("reuse_memory")
+    allocator = "allocator: as it is"
+    if report.allocator.get("reuse_memory"):
+        allocator = "allocator: memory is reused, without page faults, on both sides; the "
+        allocator += "fresh_64mb cases run as users do"
     return [
         f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {flags}",
         f"fastattn {machine['fastattn']} ({machine['commit'] or 'no checkout'}), "
         f"torch {machine['torch']}, Python {machine['python']}",
-        f"ceilings: GEMM {gemm} GFLOP/s; copy {roofs['copy']:.1f} GB/s",
-        "allocator: memory is reused, without page faults, on both sides; the fresh_64mb cases "
-        "run as users do"
-        if reuse
-        else "allocator: as it is",
+        *([gpu_facts(machine)] if on_gpu else []),
+        f"ceilings: {arithmetic} {rates}; copy {roofs['copy']:.1f} GB/s",
+        *([] if on_gpu else [allocator]),
     ]
+
+
+def gpu_facts(machine: dict[str, Any]) -> str:
+    return (
+        f"{machine['gpu']}, compute capability {machine['gpu_capability']}, "
+        f"{machine['gpu_multiprocessors']} multiprocessors, {machine['gpu_memory_gb']:.0f} GB; "
+        f"CUDA {machine['cuda']}, cuDNN {machine['cudnn']}, triton {machine['triton']}, "
+        f"liger {machine['liger'] or 'not installed'}"
+    )
+
+
+def legend(report: Report) -> str:
+    return LEGEND if report.machine.get("device", "cpu") == "cpu" else GPU_LEGEND
+
+
+def host_rows(report: Report) -> list[list[Cell]]:
+    return [[name, f"{cost:.0f}"] for name, cost in report.host_us.items()]
+
+
+HOST_TITLE = "Host, a call of the Triton backend  [us]"
 
 
 def show(console: Console, report: Report) -> None:
     for line in head(report):
         console.line(line, DIM)
     for title, results in grouped(report.results).items():
-        console.table(f"{title}  [ms]", COLUMNS, map(row, results))
+        names = contenders_of(results)
+        console.table(f"{title}  [ms]", columns(names), (row(r, names) for r in results))
+    if report.host_us:
+        console.table(HOST_TITLE, ("", "us"), host_rows(report))
     if report.memory:
         console.table(
             "Attention, memory beyond inputs and outputs, causal float32 B1 H8 D64  [MB]",
@@ -148,5 +202,5 @@ def show(console: Console, report: Report) -> None:
             console.line(f"{result.id}: no {name}: {reason}", DIM)
     for note in report.notes:
         console.line(note, DIM)
-    console.line(LEGEND, DIM)
+    console.line(legend(report), DIM)
     console.line(f"{summary(report)}, in {report.seconds:.0f} s", BOLD)

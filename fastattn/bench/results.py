@@ -24,6 +24,9 @@ class Result:
     dtype: str
     shape: dict[str, int]
     goal: float | None = None
+    roof_goal: float | None = None  # of of_ceiling
+    device: str = "cpu"
+    against: str = ""  # whom the goal is against, where that is not for the times to say
     backend: str = ""
     checked: str = ""  # what the correctness check found
     failure: str = ""  # why there are no times: the check failed or the case raised
@@ -38,18 +41,29 @@ class Result:
     tokens: float = 0.0  # tokens/s, of a Transformer
 
     @property
+    def rival(self) -> str | None:
+        """Whom the ratio is against: on a CPU torch's operator, or naive code where torch has none;
+        on a GPU the fastest of the peers."""
+        if self.against:
+            return self.against if self.against in self.ratios else None
+        if self.device == "cpu":
+            return next((name for name in ("torch", "naive") if name in self.ratios), None)
+        return min(self.ratios, key=lambda name: self.ratios[name]["median"], default=None)
+
+    @property
     def ratio(self) -> float | None:
-        """torch's time over ours, naive's where torch has no such operator."""
-        for rival in ("torch", "naive"):
-            if rival in self.ratios:
-                return self.ratios[rival]["median"]
-        return None
+        """The rival's time over ours."""
+        return None if self.rival is None else self.ratios[self.rival]["median"]
 
     @property
     def reached(self) -> bool | None:
-        if self.goal is None or self.ratio is None:
-            return None
-        return self.ratio >= self.goal
+        """All of its goals that can be told; None if there is none."""
+        verdicts = []
+        if self.goal is not None and self.ratio is not None:
+            verdicts.append(self.ratio >= self.goal)
+        if self.roof_goal is not None and self.of_ceiling:
+            verdicts.append(self.of_ceiling >= self.roof_goal)
+        return all(verdicts) if verdicts else None
 
 
 @dataclass
@@ -76,6 +90,7 @@ class Report:
     seconds: float = 0.0
     results: list[Result] = field(default_factory=list)
     memory: list[Peak] = field(default_factory=list)
+    host_us: dict[str, float] = field(default_factory=dict)  # of a call, by what is called
     notes: list[str] = field(default_factory=list)
     format: int = FORMAT
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 import torch
@@ -27,13 +27,15 @@ class Options:
     budget_s: float  # of timing, for each benchmark
     backend: str | None = None
     flex: bool = False
+    device: str = "cpu"
 
 
 class Runner:
     """Remembers which cases have passed their check, so that forward and backward share one."""
 
-    def __init__(self, options: Options):
+    def __init__(self, options: Options, sample: Callable[[timing.Call, int], float] | None = None):
         self.options = options
+        self._sample = sample  # a clock other than the CPU's
         self._verdicts: dict[tuple[Case, bool], proof.Verdict] = {}
         self._backward: set[Case] = set()  # cases of which some benchmark times the backward
 
@@ -41,7 +43,9 @@ class Runner:
         case = benchmark.case
         key = case, benchmark.backward or case in self._backward
         if key not in self._verdicts:
-            self._verdicts[key] = proof.prove(case, self.options.backend, backward=key[1])
+            self._verdicts[key] = proof.prove(
+                case, self.options.backend, backward=key[1], device=self.options.device
+            )
         return self._verdicts[key]
 
     def run(self, benchmark: Benchmark) -> Result:
@@ -59,9 +63,13 @@ class Runner:
         return result
 
     def _time(self, benchmark: Benchmark, result: Result) -> None:
-        field = contenders.make(benchmark, self.options.backend, self.options.flex)
+        settings = self.options
+        field = contenders.make(benchmark, settings.backend, settings.flex, settings.device)
         result.absent = field.absent
-        samples = timing.interleave(field.calls, self.options.budget_s, contenders.GUESTS)
+        # Small calls are all host: by the CPU's clock, also where the GPU has its own.
+        sample = None if benchmark.direction.startswith("call") else self._sample
+        guests = frozenset() if benchmark.gpu else contenders.GUESTS
+        samples = timing.interleave(field.calls, settings.budget_s, guests, sample)
         ours = samples[contenders.OURS]
         for name, seconds in samples.items():
             result.times[name] = timing.Timing.of(seconds).to_json()
@@ -104,6 +112,9 @@ def new_result(benchmark: Benchmark) -> Result:
         dtype=str(case.dtype).removeprefix("torch."),
         shape=shape,
         goal=benchmark.goal,
+        roof_goal=benchmark.roof_goal,
+        device="cuda" if benchmark.gpu else "cpu",
+        against=benchmark.rival,
     )
 
 

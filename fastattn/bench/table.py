@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 
@@ -51,6 +51,10 @@ class Benchmark:
     quick: bool
     flex: bool = False  # also time FlexAttention, whose compilation takes many seconds
     default_allocator: bool = False  # outputs on fresh pages, as users have it
+    gpu: bool = False
+    own_goal: float | None = None  # of a GPU's; a CPU's are in GOALS
+    roof_goal: float | None = None  # the share of the roof to reach
+    rival: str = ""  # whom the goal is against; "": whom Result.rival finds
 
     @property
     def id(self) -> str:
@@ -58,6 +62,8 @@ class Benchmark:
 
     @property
     def goal(self) -> float | None:
+        if self.gpu:
+            return self.own_goal
         return GOALS.get((self.kind, self.direction), {}).get(self.case.dtype)
 
     @property
@@ -152,12 +158,16 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def choose(
-    full: bool = False, op: str | None = None, dtype: str | None = None, pattern: str | None = None
+    full: bool = False,
+    op: str | None = None,
+    dtype: str | None = None,
+    pattern: str | None = None,
+    benchmarks: Sequence[Benchmark] = BENCHMARKS,
 ) -> list[Benchmark]:
-    """The benchmarks of a preset that a filter leaves. A pattern that names a case reaches past
-    the preset: `--case '*s4096*'` runs them though they are not in the quick suite."""
+    """Those ``benchmarks`` of a preset that a filter leaves. A pattern that names a case reaches
+    past the preset: `--case '*s4096*'` runs them though they are not in the quick suite."""
     chosen = []
-    for benchmark in BENCHMARKS:
+    for benchmark in benchmarks:
         if op and benchmark.case.op != op:
             continue
         if dtype and str(benchmark.case.dtype) != f"torch.{dtype}":

@@ -40,20 +40,25 @@ def _sample(call: Call, repeats: int) -> float:
 
 
 def interleave(
-    calls: dict[str, Call], budget_s: float, guests: frozenset[str] = frozenset()
+    calls: dict[str, Call],
+    budget_s: float,
+    guests: frozenset[str] = frozenset(),
+    sample: Callable[[Call, int], float] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds a call of every contender, by round: A B C, then C B A, then A B C ...
+    """Seconds a call of every contender, by round: A B C, then C B A, then A B C ... ``sample``:
+    seconds a call of so many calls, by another clock than the CPU's.
 
     Rounds go on for about `budget_s`. Guests, which may be many times slower and whose ratio
     nobody's goal depends on, take part in the first three only.
     """
+    sample = sample or _sample
     repeats: dict[str, int] = {}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     least = MIN_ROUNDS
     for name, call in calls.items():
-        seconds = _sample(call, 1)  # warm up: threads, workspaces, pages
+        seconds = sample(call, 1)  # warm up: threads, workspaces, pages
         if seconds < 0.05:
-            seconds = _sample(call, 1)
+            seconds = sample(call, 1)
         if seconds > SLOW_S and name in guests:
             samples[name].append(seconds)  # its warming up is lost in that: once must do
             continue
@@ -71,7 +76,7 @@ def interleave(
             for name in names if turn % 2 == 0 else reversed(names):
                 if name in guests and turn >= GUEST_ROUNDS:
                     continue
-                seconds = _sample(calls[name], repeats[name])
+                seconds = sample(calls[name], repeats[name])
                 samples[name].append(seconds)
                 spent += seconds * repeats[name]
     finally:

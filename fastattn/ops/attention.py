@@ -158,7 +158,6 @@ def explain(
     Its ``backend`` is the name, its ``reasons`` the lists of reasons by name.
     """
     check_flag("return_lse", return_lse)
-    check_flag("return_lse", return_lse)
     if isinstance(q, Tensor) and _under_autocast(q):
         q, k, v, bias = _autocast(q, k, v, bias)
     spec = AttentionSpec.of(
@@ -250,9 +249,9 @@ class AttentionFunction(torch.autograd.Function):
             *inputs,
             *ctx.scalars,
         )
-        dq, dk, dv, dbias, dsinks = (
+        dq, dk, dv, dbias, dsinks = [
             grad if need else None for grad, need in zip(grads, needs, strict=True)
-        )
+        ]
         return dq, dk, dv, dbias, None, dsinks, *(None,) * 8
 
 
@@ -312,6 +311,8 @@ def _request(
 
 
 def _under_autocast(x: Tensor) -> bool:
+    if not torch._C._is_any_autocast_enabled():
+        return False
     device = x.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 

@@ -178,7 +178,7 @@ class LayerNormFunction(torch.autograd.Function):
         ctx: Any, dy: Tensor | None, dnew_residual: Tensor | None, *_: Any
     ) -> tuple[Tensor | None, ...]:
         source, mean, rstd, weight, bias, seed = ctx.saved_tensors
-        needs = list(ctx.needs_input_grad[:4])
+        need_x, need_residual, need_weight, need_bias, *_ = ctx.needs_input_grad
         grads = library.layer_norm_backward.call(
             LayerNormBackwardFunction,
             torch.is_grad_enabled(),  # create_graph
@@ -187,15 +187,21 @@ class LayerNormFunction(torch.autograd.Function):
             source,
             mean,
             rstd,
-            needs,
+            [need_x, need_residual, need_weight, need_bias],
             ctx.has_residual,
             weight,
             bias,
             seed,
             *ctx.scalars,
         )
-        wanted = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-        return *wanted, *(None,) * 6
+        dx, dresidual, dweight, dbias = grads
+        return (
+            dx if need_x else None,
+            dresidual if need_residual else None,
+            dweight if need_weight else None,
+            dbias if need_bias else None,
+            *(None,) * 6,
+        )
 
 
 def _composite_backward(
@@ -239,7 +245,7 @@ def _check(name: str, x: Any, normalized_shape: Any, weight: Any, bias: Any) -> 
     shape = tuple(normalized_shape)
     if not shape:
         raise ValueError("normalized_shape: expected at least one dimension, got none")
-    if x.shape[-len(shape) :] != shape:
+    if tuple(x.shape)[-len(shape) :] != shape:  # torch.Size is slow to slice
         raise ValueError(
             f"{name}: expected shape (*, {', '.join(str(n) for n in shape)}) to end in "
             f"normalized_shape, got {tuple(x.shape)}"

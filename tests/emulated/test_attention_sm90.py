@@ -8,7 +8,6 @@ import torch
 
 import fastattn
 from fastattn import dispatch, proof, testing
-from fastattn.backends import cuda
 from fastattn.cases import AttentionCase
 
 BACKEND = dispatch.BACKENDS["cuda"]
@@ -16,9 +15,11 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 
 @pytest.fixture(autouse=True)
-def hopper(monkeypatch):
-    monkeypatch.setattr(cuda, "EMULATED", cuda.EMULATED._replace(capability=(9, 0)))
+def hopper():
+    BACKEND.module.emulate(90)
     BACKEND.module.take_launches()
+    yield
+    BACKEND.module.emulate(80)
 
 
 def launched():

@@ -96,8 +96,7 @@ def build(
         else ("module", sources / "csrc/cuda/module.cpp", ["-O0"]),
     ]
     objects += [
-        (name, path, ["-O1", *checked, *flags])
-        for name, path, flags in kernels(sources, head_dims)
+        (name, path, ["-O1", *checked, *flags]) for name, path, flags in kernels(sources, head_dims)
     ]
     made = {o[0]: folder / f"{o[0]}.o" for o in objects}
     if only is not None:

@@ -1,7 +1,7 @@
 """Mistakes as people make them with transaction barriers, bulk copies and asynchronous products, one
 at a time, each of which the emulator has to catch; see mistakes.py."""
 
-from mistakes import Mistake
+from .mistakes import Mistake
 
 KERNEL = "attention_forward_sm90.h"
 PTX = "ptx_sm90.h"

@@ -81,20 +81,20 @@ def variants(arch):
         ("bf16/128/decode_gqa", True, forward(arch, 128, q_len=1, kv_heads=4)),
         ("bf16/64/short", True, forward(arch, 64, q_len=200, k_len=200)),  # plain addresses
         ("bf16/128/short", True, forward(arch, 128, q_len=200, k_len=200)),
-        # Beside a bias, sm_80 keeps 14 numbers a thread in memory at this head dim.
-        ("bf16/128/bias", arch != "sm_80", forward(arch, 128, bias=BF16)),
-        ("bf16/128/dropout", False, forward(arch, 128, dropout_p=0.1)),
+        ("bf16/128/bias", True, forward(arch, 128, bias=BF16)),
+        ("bf16/128/dropout", True, forward(arch, 128, dropout_p=0.1)),
         ("bf16/128/everything", False, forward(arch, 128, **EVERYTHING)),
         *((f"bf16/{d}/causal/backward", True, backward(arch, d)) for d in (64, 128)),
         ("bf16/256/causal/backward", False, backward(arch, 256)),
         ("fp32/64/causal/backward", False, backward(arch, 64, F32)),
         ("bf16/128/everything/backward", False, backward(arch, 128, **EVERYTHING)),
     ):
-        # Tiles of few rows are for the instructions of a warp, also where a group has its own.
-        few_rows = "decode" in name or name == "bf16/256/causal/backward"
-        tensor_core = "mma" if few_rows and arch != "gfx942" else TENSOR_CORES[arch]
         for launch in launches:
             kernel = launch.function.__name__.removesuffix("_kernel")
+            # Tiles of few rows are for the instructions of a warp, also where a group has its own.
+            wide = kernel == "attention_dkdv" and name.startswith("bf16/256") and arch == "sm_90"
+            few_rows = "decode" in name or wide
+            tensor_core = "mma" if few_rows and arch != "gfx942" else TENSOR_CORES[arch]
             rare = kernel == "attention_again"
             multiplies = not rare and kernel not in ("attention_merge", "attention_rows")
             # On sm_100 the warps that only hand out work keep three numbers in memory.

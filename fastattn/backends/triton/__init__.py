@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 512
 OLDEST = (3, 6)  # the triton of torch 2.11
+OLDEST_GPU = (8, 0)  # that multiplies bfloat16, and fetches while it computes
 
 # Triton reads it when a kernel is decorated: it holds for the whole process.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
@@ -34,14 +36,34 @@ def _obstacle() -> str:
         return "triton is not installed"
     if not (INTERPRETED or torch.cuda.is_available()):
         return "needs a CUDA or HIP device (torch sees none)"
-    version = _triton().__version__
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+    try:
+        version = str(_triton().__version__)
+    except Exception as error:  # a broken install, of whatever kind
+        return f"triton cannot be imported ({type(error).__name__}: {error})".replace("\n", " ")
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found and (int(found[1]), int(found[2])) < OLDEST:
         return f"needs triton {OLDEST[0]}.{OLDEST[1]} or newer (got {version})"
     return ""
 
 
-# A constant to torch.compile, which could not trace the search for a package.
+_GPU_OBSTACLES: dict[torch.device, str] = {}
+
+
+def _gpu_obstacle(device: torch.device) -> str:
+    """Why no kernel can run on this GPU; empty when they can. AMD's have no numbers to compare."""
+    found = _GPU_OBSTACLES.get(device)
+    if found is None:
+        gpu = torch.cuda.get_device_properties(device)
+        old = not torch.version.hip and (gpu.major, gpu.minor) < OLDEST_GPU
+        need = f"needs a GPU of compute capability {OLDEST_GPU[0]}.{OLDEST_GPU[1]} or newer"
+        found = f"{need} (got {gpu.name}, {gpu.major}.{gpu.minor})" if old else ""
+        _GPU_OBSTACLES[device] = found
+    return found
+
+
+# Constants to torch.compile, which could not trace the search for a package or a GPU.
 _obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_gpu_obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _triton() -> Any:
@@ -76,6 +98,8 @@ class TritonBackend(Backend):
             reasons.append(f"its interpreter (TRITON_INTERPRET) needs a CPU tensor (got {kind})")
         if not INTERPRETED and kind != "cuda":  # so torch calls HIP's too
             reasons.append(f"needs a CUDA or HIP tensor (got {kind})")
+        elif kind == "cuda" and (obstacle := _gpu_obstacle(request.device)):
+            reasons.append(obstacle)
         if request.dtype not in DTYPES:
             reasons.append(f"serves float32, bfloat16 and float16 (got {request.dtype})")
         if request.op == "attention":

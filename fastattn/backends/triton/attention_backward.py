@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base import AttentionCall, Needs
+from ..base import AttentionCall, Needs, bias_gradient_shape
 from .attention_backward_kernels import (
     Spread,
     attention_dbias_kernel,
@@ -41,7 +41,7 @@ from .attention_config import (
 )
 from .attention_forward import Order
 from .attention_tile import problem_of, static_of
-from .kernel import Launch, View, architecture, describe
+from .kernel import DESCRIPTORS_IN_TUPLES, Launch, View, architecture, describe
 from .tuned import tuned
 
 
@@ -106,7 +106,7 @@ class BackwardPlan:
         )
         self._add(
             attention_rows_kernel,
-            (tiles, batch * heads),
+            (tiles * batch * heads,),
             self.config.rows,
             out=View.of(out),
             lse=lse.contiguous(),
@@ -127,9 +127,7 @@ class BackwardPlan:
         """dbias, or the sums of which it is made: as large as the scores without the dimension
         along which the bias is the same."""
         batch, heads, q_len, k_len = bias.shape
-        self.dbias_shape = [
-            size if step else 1 for size, step in zip(bias.shape, bias.stride(), strict=True)
-        ]
+        self.dbias_shape = bias_gradient_shape(bias)
         self.shared = [a < b for a, b in zip(self.dbias_shape, bias.shape, strict=True)]
         if self.shared[3]:
             self.row_sums = bias.new_zeros((batch, heads, q_len), dtype=torch.float32)
@@ -150,7 +148,8 @@ class BackwardPlan:
         outputs = Outputs(_view(self.dq), None, None, by_score, self.row_sums)
         if any(x is not None for x in outputs):
             tiles = -(-q_len // config.dq.block_m)
-            order = Order(tiles, batch * heads, heads_together(k_len * bytes_a_row, group, even))
+            together = heads_together(batch * heads, k_len * bytes_a_row, group, even)
+            order = Order(tiles, batch * heads, together)
             grid = (tiles * batch * heads,)
             self._add(
                 attention_dq_kernel, grid, config.dq, ("k", "v"), outputs=outputs, order=order
@@ -158,7 +157,7 @@ class BackwardPlan:
         outputs = Outputs(None, _view(self.dk), _view(self.dv), None, None)
         if any(x is not None for x in outputs):
             tiles = -(-k_len // config.dkdv.block_n)
-            together = heads_together(q_len * bytes_a_row * group, 1, even)
+            together = heads_together(batch * kv_heads, q_len * bytes_a_row * group, 1, even)
             order = Order(tiles, batch * kv_heads, together)
             grid = (tiles * batch * kv_heads,)
             self._add(
@@ -171,13 +170,14 @@ class BackwardPlan:
             )
         key_tiles = -(-k_len // config.dbias.block_n)
         if self.key_sums is not None:
-            shape = (key_tiles, batch * heads)
-            self._add(attention_key_sums_kernel, shape, config.dbias, key_sums=self.key_sums)
+            grid = (key_tiles * batch * heads,)
+            self._add(attention_key_sums_kernel, grid, config.dbias, key_sums=self.key_sums)
         if dbias and any(self.shared):
             own_batches, own_heads = self.dbias_shape[:2]
             spread = Spread(batch // own_batches, heads // own_heads, own_heads)
-            cube = (-(-q_len // config.dbias.block_m), key_tiles, own_batches * own_heads)
-            self._add(attention_dbias_kernel, cube, config.dbias, dbias=dbias, spread=spread)
+            q_tiles = -(-q_len // config.dbias.block_m)
+            grid = (q_tiles * key_tiles * own_batches * own_heads,)
+            self._add(attention_dbias_kernel, grid, config.dbias, dbias=dbias, spread=spread)
 
     def _spread(self, dbias: Tensor) -> View:
         """With stride 0 where the bias is shared."""
@@ -196,9 +196,8 @@ class BackwardPlan:
     ) -> None:
         """``walked``: the tensors of which the kernel's loops fetch tiles."""
         tensors = {"q": self.call.q, "k": self.call.k, "v": self.call.v, "dout": self.dout}
-        static = static_of(
-            self.call, self.problem.score, config, tuple(tensors[name] for name in walked)
-        )
+        described = tuple(tensors[name] for name in walked) if DESCRIPTORS_IN_TUPLES else ()
+        static = static_of(self.call, self.problem.score, config, described)
         x = self.x
         if static.tma:
             rows = config.block_m if "q" in walked else config.block_n

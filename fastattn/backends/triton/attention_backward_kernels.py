@@ -22,6 +22,7 @@ from .attention_tile import (
     load_tile,
     load_values,
     store_rows,
+    tile_and_head,
     unsound,
 )
 from .mask import all_keys, all_queries, any_keys, any_queries
@@ -351,9 +352,11 @@ def attention_dbias_kernel(x, dbias, sizes, mask, score, dropout, spread, static
     problem = Problem(sizes, mask, score, dropout)
     M: tl.constexpr = static.block_m
     N: tl.constexpr = static.block_n
-    i_begin = tl.program_id(0) * M
-    first = tl.program_id(1) * N
-    number = tl.program_id(2)
+    tile, number = tile_and_head(sizes.q_len, M)
+    key_tiles = tl.cdiv(sizes.k_len, N)
+    i_begin = tile * M
+    first = number % key_tiles * N
+    number = number // key_tiles
     own = Head(number // spread.own_heads, number % spread.own_heads, 0)
     begin, end = any_keys(i_begin, tl.minimum(i_begin + M, sizes.q_len), sizes.k_len, mask)
     if (first < end) & (first + N > begin):
@@ -371,8 +374,8 @@ def attention_key_sums_kernel(x, key_sums, sizes, mask, score, dropout, static: 
     problem = Problem(sizes, mask, score, dropout)
     M: tl.constexpr = static.block_m
     N: tl.constexpr = static.block_n
-    first = tl.program_id(0) * N
-    number = tl.program_id(1)
+    tile, number = tile_and_head(sizes.k_len, N)
+    first = tile * N
     own = Head(number // sizes.heads, number % sizes.heads, 0)
     begin, end = any_queries(first, tl.minimum(first + N, sizes.k_len), sizes.q_len, mask)
     sums = tl.zeros((N,), tl.float32)

@@ -17,6 +17,7 @@ from .attention_tile import (
     load_keys,
     load_rows,
     make_logits,
+    tile_and_head,
 )
 from .kernel import LOG2E
 from .mask import any_keys
@@ -94,10 +95,10 @@ def attention_rows_kernel(
     """A program: Rows of a tile of queries."""
     problem = Problem(sizes, mask, score, dropout)
     M: tl.constexpr = static.block_m
-    number = tl.program_id(1)
+    tile, number = tile_and_head(sizes.q_len, M)
     head = number % sizes.heads
     at = Head(number // sizes.heads, head, head // sizes.group)
-    i_begin = tl.program_id(0) * M
+    i_begin = tile * M
     i = i_begin + tl.arange(0, M)
     inside = i < sizes.q_len
     row = number.to(tl.int64) * sizes.q_len + i
@@ -122,12 +123,7 @@ def attention_rows_kernel(
     tl.store(x.rows.high + row, high, mask=inside & ~inexact)
     tl.store(x.rows.low + row, low, mask=inside & ~inexact)
     if tl.max(inexact.to(tl.int32), 0) > 0:
-        begin, end = any_keys(
-            tl.program_id(0) * M,
-            tl.minimum(tl.program_id(0) * M + M, sizes.q_len),
-            sizes.k_len,
-            mask,
-        )
+        begin, end = any_keys(i_begin, tl.minimum(i_begin + M, sizes.q_len), sizes.k_len, mask)
         begin = begin // static.block_n * static.block_n
         high, low = _sum_again(x, i, at, begin, end, sinks, problem, static)
         tl.store(x.rows.high + row, high, mask=inside & inexact)

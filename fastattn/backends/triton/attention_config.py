@@ -1,7 +1,7 @@
 """Which tiles, warps and stages: pure functions of shape, dtype and architecture, so that the first
 call tunes nothing.
 
-The numbers come from the generated code (`tests/triton`, the table of kernels): the largest tiles
+The numbers come from the generated code (`tests/kernel_table`): the largest tiles
 that do not spill registers, and fit the shared memory of the architecture, for each size of head.
 """
 
@@ -57,6 +57,8 @@ _TABLE: dict[str, dict[int, Sweeps]] = {
             Config(128, 64, 8, 2, tma=True),
             Config(32, 128, 8, 3, tma=True),
         ),
+        # dk and dv of 64 keys, which a group of warps needs to multiply as one, would spill.
+        256: (Config(64, 32, 8, 2), Config(64, 32, 8, 2, tma=True), Config(32, 32, 8, 1)),
     },
     "sm_100": {
         64: (
@@ -69,6 +71,7 @@ _TABLE: dict[str, dict[int, Sweeps]] = {
             Config(128, 64, 8, 2, tma=True),
             Config(64, 128, 8, 2, tma=True),
         ),
+        256: (Config(64, 32, 8, 2), Config(64, 32, 8, 2, tma=True), Config(32, 64, 8, 2, tma=True)),
     },
     "sm_120": {
         64: (Config(128, 64, 8, 2, tma=True), Config(64, 64, 4, 2), Config(64, 64, 8, 2)),
@@ -123,12 +126,16 @@ def forward_config(
     rows: int,
     k_len: int,
     special: bool,
+    plain: bool = True,
 ) -> Config:
-    """``rows``: what there is for a tile to take; ``special``: specialised warps can serve it."""
+    """``rows``: what there is for a tile to take; ``special``: specialised warps can serve it;
+    ``plain``: nothing but a mask, which takes no registers, stands between product and softmax."""
     large = min(rows, k_len) >= LARGE
     if large and special and arch in _SPECIALIZED and max(head_dim, v_dim) <= 128:
         return _SPECIALIZED[arch]
     config = _sweeps(arch, dtype, head_dim, v_dim)[0]
+    if arch == "sm_80" and not plain and max(head_dim, v_dim) > 64 and config.block_n == 64:
+        config = config._replace(block_n=32)  # beside a bias or dropout, 64 keys would spill
     fit = max(16, next_power_of_two(rows))
     if fit < config.block_m:
         config = config._replace(block_m=fit)
@@ -156,15 +163,16 @@ def attention_problem(
     return f"{name}, plain" if special else name
 
 
-def heads_together(kv_bytes: int, sharing: int, even: bool) -> int:
-    """How many query heads are at work at the same time, ``sharing`` of which read the same keys.
+def heads_together(heads: int, kv_bytes: int, sharing: int, even: bool) -> int:
+    """How many query heads of all ``heads`` are at work at the same time, ``sharing`` of which read
+    the same keys.
 
     Where all tiles have the same work (``even``) one head after the other serves the cache best;
     else tiles of several heads, longest first, keep the device busy to the end.
     """
     if even:
         return 1
-    return max(1, CACHE // max(kv_bytes, 1)) * sharing
+    return min(heads, max(1, CACHE // max(kv_bytes, 1)) * sharing)
 
 
 def key_splits(programs: int, k_len: int, block_n: int, processors: int) -> tuple[int, int]:

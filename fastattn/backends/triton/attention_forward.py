@@ -30,6 +30,7 @@ from .attention_tile import (
     Problem,
     careful_dot,
     exp_factor,
+    is_plain,
     kept,
     load_keys,
     load_rows,
@@ -38,6 +39,7 @@ from .attention_tile import (
     problem_of,
     static_of,
     store_rows,
+    tile_and_head,
     unsound,
 )
 from .kernel import (
@@ -312,10 +314,10 @@ def attention_merge_kernel(
 ):
     """A program: block_m rows of a head, each from its parts."""
     problem = Problem(sizes, mask, score, dropout)
-    number = tl.program_id(1)
+    tile, number = tile_and_head(sizes.q_len, static.block_m)
     head = number % sizes.heads
     at = Head(number // sizes.heads, head, head // sizes.group)
-    i = tl.program_id(0) * static.block_m + tl.arange(0, static.block_m)
+    i = tile * static.block_m + tl.arange(0, static.block_m)
     r = (number.to(tl.int64) * sizes.q_len + i) * parts.splits  # (M,)
     inside = i < sizes.q_len
 
@@ -375,7 +377,8 @@ def forward_launches(
     special = not grouped and specialized.is_specializable(call, problem)
     if config is None:
         shape = (head_dim, v_dim, rows)
-        config = forward_config(arch, call.q.dtype, *shape, sizes.k_len, special)
+        plain = is_plain(call, problem)
+        config = forward_config(arch, call.q.dtype, *shape, sizes.k_len, special, plain)
         name = attention_problem(call.q.dtype, *shape, special)
         config = tuned("attention_forward", name, call.q.device, config)
     if config.specialize and special:
@@ -399,7 +402,8 @@ def forward_launches(
         )
         parts = Parts(acc, peak, total, splits)
     kv_bytes = sizes.k_len * (head_dim + v_dim) * call.q.element_size()
-    together = heads_together(kv_bytes, 1 if grouped else sizes.group, problem.mask.right is None)
+    sharing, even = 1 if grouped else sizes.group, problem.mask.right is None
+    together = heads_together(walked_heads, kv_bytes, sharing, even)
     common = {"parts": parts, "sinks": call.sinks, **problem._asdict()}
     launches = [
         Launch(
@@ -426,7 +430,7 @@ def forward_launches(
         launches.append(
             Launch(
                 attention_merge_kernel,
-                (-(-q_len // merge_rows), batch * heads),
+                (-(-q_len // merge_rows) * batch * heads,),
                 {"out": View.of(out), "lse": lse, **common},
                 {"static": static, "SPLITS": next_power_of_two(splits)},
             )

@@ -28,7 +28,7 @@ from .attention_forward import (
     tile_order,
     walk_keys,
 )
-from .attention_tile import Head, Problem, is_plain, static_of
+from .attention_tile import Head, Problem, is_plain, static_of, tile_and_head
 from .kernel import Launch, View, describable
 from .mask import any_keys
 
@@ -91,9 +91,9 @@ def attention_again_kernel(
 ):
     """A program: the marked among ROWS rows of a head, carefully."""
     problem = Problem(sizes, mask, score, None)
-    number = tl.program_id(1)
+    tile, number = tile_and_head(sizes.q_len, ROWS)
     x = Tensors(q, k, v, out, lse, None, 0, sinks)
-    first = tl.program_id(0) * ROWS
+    first = tile * ROWS
     if _marked(lse, number, first, sizes.q_len, ROWS):
         for begin in range(first, tl.minimum(first + ROWS, sizes.q_len), CAREFUL_ROWS):
             if _marked(lse, number, begin, sizes.q_len, CAREFUL_ROWS):
@@ -129,7 +129,8 @@ def specialized_launches(
     kv_bytes = sizes.k_len * (call.k.shape[3] + call.v.shape[3]) * call.k.element_size()
     even = mask.right is None
     tiles = -(-q_len // config.block_m)
-    order = Order(tiles, batch * heads, heads_together(kv_bytes, sizes.group, even))
+    together = heads_together(batch * heads, kv_bytes, sizes.group, even)
+    order = Order(tiles, batch * heads, together)
     arguments = {
         "q": View.of(call.q),
         "k": View.of(call.k),
@@ -154,7 +155,7 @@ def specialized_launches(
         ),
         Launch(
             attention_again_kernel,
-            (-(-q_len // SCANNED_ROWS), batch * heads),
+            (-(-q_len // SCANNED_ROWS) * batch * heads,),
             arguments,
             {"static": static._replace(block_n=64), "ROWS": SCANNED_ROWS},
             num_warps=4,

@@ -10,8 +10,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+# Triton 3.6 loses the constants of a tuple that holds a descriptor, where functions pass it on.
+DESCRIPTORS_IN_TUPLES = not triton.__version__.startswith("3.6.")
 LOG2E = 1.4426950408889634  # exp(x) = exp2(x * LOG2E)
 
 
@@ -65,19 +68,31 @@ class Launch:
     describes: bool = False  # makes tensor descriptors itself, which need memory
 
     def run(self) -> None:
+        """With as many stages as the device has shared memory for: a configuration that was tuned
+        for a plain call may have too many for one with a bias."""
+        for stages in range(self.num_stages, 0, -1):
+            try:
+                self.start(stages)
+            except OutOfResources as error:
+                if stages == 1:
+                    name = self.function.__name__
+                    raise RuntimeError(f"this GPU is too small for {name}: {error}") from None
+            else:
+                break
+
+    def start(self, num_stages: int) -> None:
         if self.describes:
             triton.set_allocator(_workspace)
-        self.function[self.grid](
-            **self.arguments,
-            **self._compile_time(),
-            num_warps=self.num_warps,
-            num_stages=self.num_stages,
-        )
+        self.function[self.grid](**self.keywords() | {"num_stages": num_stages})
+
+    def keywords(self) -> dict[str, Any]:
+        """What the kernel is called with, its options among them."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return self.arguments | self._compile_time() | options
 
     def _compile_time(self) -> dict[str, Any]:
-        """Fields of a named tuple each as a tl.constexpr: a kernel can pass them on as such."""
         return {
-            key: type(value)(*map(tl.constexpr, value)) if isinstance(value, tuple) else value
+            key: _constexprs(value) if isinstance(value, tuple) else value
             for key, value in self.constants.items()
         }
 
@@ -107,6 +122,12 @@ class Launch:
             main,
             instructions,
         )
+
+
+@functools.cache
+def _constexprs(value: Any) -> Any:
+    """Fields of a named tuple each as a tl.constexpr: a kernel can pass them on as such."""
+    return type(value)(*map(tl.constexpr, value))
 
 
 def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:

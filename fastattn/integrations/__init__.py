@@ -1,0 +1,1 @@
+"""Registrations with libraries that have a place for attention of one's own."""
