@@ -46,6 +46,7 @@ struct Problem {
 
 template <typename T>
 void check(DType dtype, const Problem& problem) {
+  if (failures) return;  // one is enough to know
   constexpr int kBatch = 2, kHeads = 4, kGroup = 2;
   const int m = problem.q_len, n = problem.k_len, d = problem.head_dim;
   const size_t rows = size_t(kBatch) * kHeads * m, keys = size_t(kBatch) * kHeads / kGroup * n;

@@ -14,6 +14,7 @@ class Mistake(NamedTuple):
     new: str
     caught: str = "lazy"
     says: str = ""  # a part of what is reported
+    program: str = "check"  # that it is noticed in
 
 
 FORWARD = "attention_forward.h"

@@ -274,3 +274,4 @@ MISTAKES = [
         "const bool odd = lane & 2, upper = lane & 1;",
     ),
 ]
+MISTAKES = [mistake._replace(program="check_sm90") for mistake in MISTAKES]
