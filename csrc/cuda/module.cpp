@@ -155,10 +155,10 @@ void bind_softmax_backward(const py::handle& walk, double scale, bool log, const
 void bind(py::module_& m) {
   m.doc() = "fastattn CUDA kernels.";
   m.def("use_exchange", &use_exchange);
-  // (shared memory that a block may have, multiprocessors)
+  // (shared memory that a block may have, multiprocessors, compute capability as 90)
   m.def("limits", [](int device) {
     const Device d = limits_of(device);
-    return py::make_tuple(d.shared_bytes, d.multiprocessors);
+    return py::make_tuple(d.shared_bytes, d.multiprocessors, d.capability);
   });
   m.def("attention_shared_bytes", &attention_shared_bytes);
   m.def("attention_forward_plan", &bind_forward_plan);
