@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from emulator import build, mistakes, mistakes_sm90
 
 TESTS = Path(__file__).parent
@@ -33,7 +34,15 @@ MORE_SUITES = [
     "test_one_truth.py::test_residual_dropout",
 ]
 MODES = ("lazy", "eager", "random:1")
-PROGRAMS = {name: build.EMULATOR / f"{name}.cpp" for name in ("check", "check_sm90")}
+PROGRAMS = {
+    name: build.EMULATOR / file
+    for name, file in (
+        ("check", "check.cpp"),
+        ("check_sm90", "check_sm90.cpp"),
+        ("conformance", "conformance.cu"),
+    )
+}
+NVCC = shutil.which("nvcc")
 MISTAKES = [*mistakes.MISTAKES, *mistakes_sm90.MISTAKES]
 HEAD_DIMS = ["64"]  # of the programs
 SANITIZED = {
@@ -104,6 +113,21 @@ def programs(folder):
 def test_program(programs, program, sanitizer, mode):
     done = run(programs[sanitizer] / f"run_{program}", mode)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+@pytest.mark.skipif(NVCC is None, reason="no nvcc")
+def test_conformance_of_a_device(tmp_path):
+    """The program that the emulator passes, each wrapper on its own, compiled for devices."""
+    csrc = build.SOURCES / "csrc"
+    command = [NVCC, "-std=c++17", f"-I{csrc / 'common'}", f"-I{csrc / 'cuda'}"]
+    command += ["-gencode=arch=compute_80,code=[sm_80,compute_80]"]
+    command += ["-gencode=arch=compute_90a,code=sm_90a", str(PROGRAMS["conformance"])]
+    command += ["-o", str(tmp_path / "program")]
+    subprocess.run(command, check=True)
+    if not torch.cuda.is_available() or torch.version.hip:
+        pytest.skip("compiled; there is no NVIDIA GPU to run it on")
+    done = run(tmp_path / "program", "")
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def name_of(mistake):
