@@ -116,12 +116,6 @@ FASTATTN_DEVICE void pin(uint32_t (&x)[kCount][4]) {
   for (int i = 0; i < 4 * kCount; ++i) asm volatile("" : "+r"(x[i / 4][i % 4])::"memory");
 }
 
-// A number of which the compiler forgets where it has it from.
-FASTATTN_DEVICE unsigned forgotten(unsigned x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
-
 // multiply_rows_async: d (64 x kN, float32) = or += a . b^T, of 16 columns of 64 rows of `a` and
 // kN rows of `b`. multiply_columns_async: d += a . b, of 16 columns of `a`, which lie in registers
 // as multiply() has them, and 16 rows of `b`. Warp w of the warpgroup holds rows [16 w, 16 w + 16)

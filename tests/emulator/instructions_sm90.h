@@ -69,8 +69,6 @@ inline void pin(float (&)[kCount]) {}
 template <int kCount>
 inline void pin(uint32_t (&)[kCount][4]) {}
 
-inline unsigned forgotten(unsigned x) { return x; }
-
 template <typename T, int kCount>
 inline void multiply_rows_async(float (&d)[kCount], uint64_t a, uint64_t b, bool add,
                                 Where where = Where::here()) {

@@ -190,8 +190,8 @@ MISTAKES = [
     Mistake(
         "the mask off by one",
         FORWARD,
-        "j >= begin[n] && j < end[n]",
-        "j >= begin[n] && j <= end[n]",
+        "p.sees(i, j)",
+        "p.sees(i, j - 1)",
     ),
     Mistake(
         "old results not rescaled",
