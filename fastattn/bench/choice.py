@@ -73,7 +73,8 @@ def main(arguments: list[str]) -> int:
         print("usage: python -m fastattn.bench.choice triton.json cuda.json")
         return 2
     try:
-        found = update(*(Report.load(Path(name)) for name in arguments))
+        rival, ours = (Report.load(Path(name)) for name in arguments)
+        found = update(rival, ours)
     except ValueError as error:
         print(error)
         return 2
