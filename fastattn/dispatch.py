@@ -23,7 +23,8 @@ class Request(NamedTuple):
 
 
 def select(name: str | None, request: Request) -> Backend:
-    """The backend called ``name``, or for None the first that serves the request.
+    """The backend called ``name``, or for None the first that serves the request; before it, one
+    that is known to be ahead of it.
 
     Raises:
         ValueError: no backend has that name, or it does not serve the request.
@@ -31,7 +32,7 @@ def select(name: str | None, request: Request) -> Backend:
     if name is None:
         for backend in BACKENDS.values():
             if backend.unavailable() is None and not backend.reasons(request):
-                return backend
+                return _ahead_of(backend, request) or backend
         raise ValueError(f"no backend serves this call:\n{_report(request)}")
     named = BACKENDS.get(name) if isinstance(name, str) else None
     if named is None:
@@ -41,6 +42,17 @@ def select(name: str | None, request: Request) -> Backend:
     if reasons:
         raise ValueError(f"backend: {name!r} does not serve this call: {'; '.join(reasons)}")
     return named
+
+
+def _ahead_of(chosen: Backend, request: Request) -> Backend | None:
+    for backend in BACKENDS.values():
+        if (
+            backend.rival == chosen.name
+            and not refusals(backend, request)
+            and backend.ahead(request)[0]
+        ):
+            return backend
+    return None
 
 
 def refusals(backend: Backend, request: Request) -> list[str]:
@@ -60,12 +72,13 @@ class Explanation(NamedTuple):
 
     backend: str
     reasons: dict[str, list[str]]  # of every known backend; empty: it could serve the call
+    notes: dict[str, str] = {}  # what places a backend before or behind its rival  # noqa: RUF012
 
     def __repr__(self) -> str:
         lines = [f"{self.backend} serves this call"]
         for name, reasons in self.reasons.items():
-            detail = BACKENDS[name].detail()
             verdict = "; ".join(reasons) or ("serves it" if name == self.backend else "could too")
+            detail = "; ".join(filter(None, (BACKENDS[name].detail(), self.notes.get(name))))
             if detail and not reasons:
                 verdict = f"{verdict} ({detail})"
             lines.append(f"{name}: {verdict}")
@@ -77,6 +90,7 @@ def explain(name: str | None, request: Request) -> Explanation:
     return Explanation(
         select(name, request).name,
         {backend.name: refusals(backend, request) for backend in BACKENDS.values()},
+        {backend.name: backend.ahead(request)[1] for backend in BACKENDS.values()},
     )
 
 

@@ -6,10 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from emulator import build, mistakes
+import torch
+from emulator import build, mistakes, mistakes_sm90
 
 TESTS = Path(__file__).parent
 
@@ -32,7 +34,16 @@ MORE_SUITES = [
     "test_one_truth.py::test_residual_dropout",
 ]
 MODES = ("lazy", "eager", "random:1")
-CHECK = build.EMULATOR / "check.cpp"
+PROGRAMS = {
+    name: build.EMULATOR / file
+    for name, file in (
+        ("check", "check.cpp"),
+        ("check_sm90", "check_sm90.cpp"),
+        ("conformance", "conformance.cu"),
+    )
+}
+NVCC = shutil.which("nvcc")
+MISTAKES = [*mistakes.MISTAKES, *mistakes_sm90.MISTAKES]
 HEAD_DIMS = ["64"]  # of the programs
 SANITIZED = {
     "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1",
@@ -88,35 +99,67 @@ def run(program, mode):
 
 @pytest.fixture(scope="module")
 def programs(folder):
-    """The folders of the program without a mistake, by sanitizer: its objects are used again."""
+    """The folders of the programs without a mistake, by sanitizer: their objects are used again."""
     folders = {name: folder / name for name in ("address", "thread")}
-    for name, path in folders.items():
-        build.build(path, name, main=CHECK, head_dims=HEAD_DIMS)
+    for sanitizer, path in folders.items():
+        for source in PROGRAMS.values():
+            build.build(path, sanitizer, main=source, head_dims=HEAD_DIMS)
     return folders
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [*MODES, "random:2"])
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
-def test_program(programs, sanitizer, mode):
-    done = run(programs[sanitizer] / "program", mode)
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_program(programs, program, sanitizer, mode):
+    done = run(programs[sanitizer] / f"run_{program}", mode)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
-@pytest.mark.parametrize("mistake", mistakes.MISTAKES, ids=lambda m: m.name.replace(" ", "-"))
-def test_mistake_is_caught(programs, tmp_path, mistake):
-    sources = tmp_path / "sources"
+@pytest.mark.skipif(NVCC is None, reason="no nvcc")
+def test_conformance_of_a_device(tmp_path):
+    """The program that the emulator passes, each wrapper on its own, compiled for devices."""
+    csrc = build.SOURCES / "csrc"
+    command = [NVCC, "-std=c++17", f"-I{csrc / 'common'}", f"-I{csrc / 'cuda'}"]
+    command += ["-gencode=arch=compute_80,code=[sm_80,compute_80]"]
+    command += ["-gencode=arch=compute_90a,code=sm_90a", str(PROGRAMS["conformance"])]
+    command += ["-o", str(tmp_path / "program")]
+    subprocess.run(command, check=True)
+    if not torch.cuda.is_available() or torch.version.hip:
+        pytest.skip("compiled; there is no NVIDIA GPU to run it on")
+    done = run(tmp_path / "program", "")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def name_of(mistake):
+    return f"{mistake.program}-{mistake.name.replace(' ', '-')}"
+
+
+@pytest.fixture(scope="module")
+def outcomes(programs, folder, request):
+    """What came of each mistake that is asked about, as a future: each compiles one file and runs
+    alone, so that they keep all cores busy."""
+    items = [item for item in request.session.items if "outcomes" in item.fixturenames]
+    wanted = [item.callspec.params["mistake"] for item in items]
+    with ThreadPoolExecutor(build.jobs()) as pool:
+        yield {m: pool.submit(outcome, m, programs, folder / name_of(m)) for m in wanted}
+        pool.shutdown(cancel_futures=True)
+
+
+def outcome(mistake, programs, folder):
+    sources = folder / "sources"
     shutil.copytree(build.SOURCES / "csrc", sources / "csrc")
     path = sources / "csrc/cuda" / mistake.file
     text = path.read_text()
     assert text.count(mistake.old) == 1, f"{mistake.file} has changed: {text.count(mistake.old)}"
     path.write_text(text.replace(mistake.old, mistake.new))
-
     sanitizer = "thread" if mistake.caught == "thread" else "address"
     changed = build.including(mistake.file)
+    if mistake.program != "check_sm90":  # which alone runs it
+        changed -= {"attention_forward_sm90"}
     program = build.build(
-        tmp_path / "built",
+        folder / "built",
         sanitizer,
-        main=CHECK,
+        main=PROGRAMS[mistake.program],
         sources=sources,
         head_dims=HEAD_DIMS,
         only=changed,
@@ -124,6 +167,13 @@ def test_mistake_is_caught(programs, tmp_path, mistake):
     )
     mode = {"thread": "lazy", "random": "random:1"}.get(mistake.caught, mistake.caught)
     done = run(program, mode)
+    shutil.rmtree(folder)
+    return done
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=name_of)
+def test_mistake_is_caught(outcomes, mistake):
+    done = outcomes[mistake].result()
     said = done.stdout + done.stderr
     assert done.returncode != 0, "nothing was noticed"
     assert mistake.says in said, said[-2000:]

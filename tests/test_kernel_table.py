@@ -12,6 +12,7 @@ from fastattn.backends.triton import INTERPRETED
 if find_spec("triton") is None or INTERPRETED:
     pytest.skip("no compiler of Triton's in this process", allow_module_level=True)
 sys.path.insert(0, str(Path(__file__).parent / "kernel_table"))
+import common
 import table
 
 LINE = table.Line("attention_forward/bf16/128", "sm_90", 200, 0, 40000, 2, 0, 24, 0, 0, 16, 8)
@@ -62,7 +63,7 @@ def test_the_table_reads_as_it_is_written(tmp_path):
 
 def test_blocks_that_fit():
     """By hand: 65536 registers for 40 x 256 each; 2048 threads; 228 KB for 100 KB each."""
-    machine = table.MACHINES["sm_90"]
-    assert table.blocks_that_fit(machine, 40, 256, 0) == 6
-    assert table.blocks_that_fit(machine, 16, 1024, 0) == 2
-    assert table.blocks_that_fit(machine, 16, 32, 100 << 10) == 2
+    machine = common.MACHINES["sm_90"]
+    assert common.blocks_that_fit(machine, 40, 256, 0) == 6
+    assert common.blocks_that_fit(machine, 16, 1024, 0) == 2
+    assert common.blocks_that_fit(machine, 16, 32, 100 << 10) == 2

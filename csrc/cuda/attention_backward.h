@@ -137,11 +137,10 @@ attention_rows_kernel(FASTATTN_PARAMS BackwardCall c) {
     for (int r = 0; r < 8; ++r) {
       if (!shuffle(int(inexact), r * 4 + r / 2)) continue;
       const int query = first + warp_row + 8 * half + r;
-      float max, sum;
-      careful_sum<T>(p, b, h, query, &max, &sum);
+      const CarefulSum all = careful_sum<T>(p, b, h, query);
       if (lane != r * 4 + r / 2) continue;
-      float high = is_hidden(max) ? 0.0f : max;
-      if (p.sinks) sum += exp2f((p.sinks[h] - high) * kLog2e);
+      const float high = is_hidden(all.max) ? 0.0f : all.max;
+      const float sum = all.sum + (p.sinks ? exp2f((p.sinks[h] - high) * kLog2e) : 0.0f);
       c.rows.high[row] = high;
       c.rows.low[row] = log2f(sum);
     }

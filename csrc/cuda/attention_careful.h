@@ -29,9 +29,12 @@ FASTATTN_NOINLINE_DEVICE float careful_logit(const Problem& p, int b, int h, int
 }
 
 // Maximum and sum of exp(logit - maximum) of a row, without its sink; all lanes get them.
+struct CarefulSum {
+  float max, sum;
+};
+
 template <typename T>
-FASTATTN_NOINLINE_DEVICE void careful_sum(const Problem& p, int b, int h, int i, float* max,
-                                          float* sum) {
+FASTATTN_NOINLINE_DEVICE CarefulSum careful_sum(const Problem& p, int b, int h, int i) {
   const KeyRange keys = p.mask.keys_of(i, p.k_len);
   float m = hidden_score(), total = 0, tanh;
   for (int j = int(keys.begin) + thread_x() % 32; j < int(keys.end); j += 32)
@@ -42,8 +45,7 @@ FASTATTN_NOINLINE_DEVICE void careful_sum(const Problem& p, int b, int h, int i,
     if (!is_hidden(x)) total += exp2f((x - m) * kLog2e);
   }
   for (int lanes = 16; lanes; lanes >>= 1) total += shuffle_xor(total, lanes);
-  *max = m;
-  *sum = total;
+  return {m, total};
 }
 
 // What a row's sum makes of its result: a sink is one more logit, and has no value.
@@ -71,9 +73,9 @@ template <typename T>
 FASTATTN_NOINLINE_DEVICE void careful_row(const Problem& p, float* lse, int b, int h, int i) {
   const int lane = thread_x() % 32;
   note_rare("careful row");
-  float max, sum, tanh;
-  careful_sum<T>(p, b, h, i, &max, &sum);
-  const RowEnd end(p, h, max, sum);
+  const CarefulSum all = careful_sum<T>(p, b, h, i);
+  const RowEnd end(p, h, all.max, all.sum);
+  float tanh;
   if (lane == 0) lse[p.row(b, h, i)] = end.lse;
   const KeyRange keys = p.mask.keys_of(i, p.k_len);
   T* out = const_cast<T*>(row_of<T>(p.out, b, h, i));
@@ -86,7 +88,7 @@ FASTATTN_NOINLINE_DEVICE void careful_row(const Problem& p, float* lse, int b, i
       if (j < int(keys.end)) {
         const float x = careful_logit<T>(p, b, h, i, j, &tanh);
         seen = !is_hidden(x);
-        if (seen) weight = exp2f((x - max) * kLog2e);
+        if (seen) weight = exp2f((x - all.max) * kLog2e);
         if (p.dropout.on && !p.dropout.keeps(b, h, i, j)) weight = 0;
       }
       for (int n = 0; n < 32; ++n) {

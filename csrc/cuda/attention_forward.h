@@ -70,7 +70,6 @@ struct Forward {
   int batch, kv_head, head0, tile, warp_row;
   float o[kRowTiles][kHeadDim / 8][4];
   float max[kRows], sum[kRows];  // sums are of this lane's numbers alone
-  int begin[kRows], end[kRows];  // keys that the row sees
 
   FASTATTN_DEVICE Forward(const ForwardCall& call, const TileOrder& at) : c(call), p(call.p) {
     const int heads = c.grouped ? p.kv_heads : p.heads;
@@ -81,10 +80,6 @@ struct Forward {
     warp_row = thread_x() / 32 * 16 * kRowTiles;
     FASTATTN_UNROLL
     for (int n = 0; n < kRows; ++n) {
-      const int i = query(tile * kM + row(n));
-      const KeyRange keys = p.mask.keys_of(i, p.k_len);
-      begin[n] = int(keys.begin);
-      end[n] = i < p.q_len ? int(keys.end) : 0;
       max[n] = hidden_score();
       sum[n] = 0.0f;
     }
@@ -111,7 +106,7 @@ struct Forward {
   FASTATTN_DEVICE void scores(float (&x)[kRowTiles][kN / 8][4], int start) {
     FASTATTN_UNROLL
     for (int n = 0; n < kRows; ++n) {
-      const int i = kModified ? query(tile * kM + row(n)) : 0;
+      const int i = query(tile * kM + row(n));
       const int h = kModified ? head(tile * kM + row(n)) : 0;
       const float slope = kModified ? p.slope(batch, h) : 0.0f;
       FASTATTN_UNROLL
@@ -119,7 +114,7 @@ struct Forward {
       for (int e = 0; e < 2; ++e) {
         float& score = x[n / 2][t][n % 2 * 2 + e];
         const int j = start + 8 * t + thread_x() % 4 * 2 + e;
-        const bool there = j >= begin[n] && j < end[n];
+        const bool there = p.sees(i, j);
         if (kModified && there) {
           float tanh;
           score = p.logit(score, slope, batch, h, i, j, tanh);
@@ -229,7 +224,7 @@ attention_forward_kernel(FASTATTN_PARAMS ForwardCall c) {
   wait_copies<0>();
   sync_threads();  // q has arrived everywhere, also where there were no keys
 
-  float finite[kRows];
+  uint32_t unsound = 0;  // rows of the warp
   FASTATTN_UNROLL
   for (int n = 0; n < kRows; ++n) {
     state.sum[n] = quad_sum(state.sum[n]);
@@ -240,7 +235,7 @@ attention_forward_kernel(FASTATTN_PARAMS ForwardCall c) {
     const bool large =
         fabsf(state.max[n]) * fabsf(p.factor) > kLargeExponent && !is_hidden(state.max[n]);
     all = quad_sum(all);
-    finite[n] = large ? float_of(0x7FC00000u) : all;
+    if (large || !is_finite(all)) unsound |= 1u << (8 * n + thread_x() % 32 / 4);
   }
 
   if (c.parts.count > 1) {
@@ -250,8 +245,9 @@ attention_forward_kernel(FASTATTN_PARAMS ForwardCall c) {
       if (i >= p.q_len) continue;
       const int64_t at = p.row(state.batch, state.head(r), i) * c.parts.count + part;
       if (thread_x() % 4 == 0) {
-        const bool sound = is_finite(finite[n]);
-        c.parts.max[at] = sound ? state.max[n] * (kModified ? 1.0f : p.scale) : finite[n];
+        const bool sound = !(unsound >> (8 * n + thread_x() % 32 / 4) & 1);
+        c.parts.max[at] =
+            sound ? state.max[n] * (kModified ? 1.0f : p.scale) : float_of(0x7FC00000u);
         c.parts.sum[at] = state.sum[n];
       }
       FASTATTN_UNROLL
@@ -287,20 +283,12 @@ attention_forward_kernel(FASTATTN_PARAMS ForwardCall c) {
                            : nullptr;
       });
 
-  bool unsound = false;
-  FASTATTN_UNROLL
-  for (int n = 0; n < kRows; ++n) unsound |= !is_finite(finite[n]);
-  int any = unsound;
-  for (int lanes = 16; lanes; lanes >>= 1) any |= shuffle_xor(any, lanes);
-  if (!any) return;
+  for (int lanes = 16; lanes; lanes >>= 1) unsound |= shuffle_xor(unsound, lanes);
+  if (!unsound) return;
   sync_warp();  // what is written again has been written
   for (int r = 0; r < 16 * kRowTiles; ++r) {
-    float mine = 0;
-    FASTATTN_UNROLL
-    for (int n = 0; n < kRows; ++n) mine = r / 8 == n ? finite[n] : mine;
-    mine = shuffle(mine, r % 8 * 4);
     const int i = state.query(first_row + state.warp_row + r);
-    if (is_finite(mine) || i >= p.q_len) continue;
+    if (!(unsound >> r & 1) || i >= p.q_len) continue;
     careful_row<T>(p, c.lse, state.batch, state.head(first_row + state.warp_row + r), i);
   }
 }

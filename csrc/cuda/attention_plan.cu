@@ -4,6 +4,7 @@
 
 #include "attention_backward.h"
 #include "attention_forward.h"
+#include "attention_sm90.h"
 #include "head_dims.h"
 
 namespace fastattn {
@@ -51,6 +52,19 @@ void merge(const ForwardCall& c, const Device& device) {
          Grid{ceil_div(rows, kAttentionWarps)}, kAttentionThreads, 0, device.stream, c);
 }
 
+// Whether sm_90a's kernel can take the call. Few queries would leave most of its rows empty.
+bool sm90_serves(const AttentionParams& p, int capability) {
+  const AttentionShape& s = p.shape;
+  if (capability != 90 || s.q_len < 64 || s.k_len == 0 || problem_of(p).modified) return false;
+  bool has_kernel = false;
+  with_head_dim(std::max(s.head_dim, s.v_dim),
+                [&](auto n) { has_kernel = has_sm90_kernel(decltype(n)::value); });
+  return has_kernel && rows_are_aligned(p.out, s.v_dim) &&
+         has_tensor_map(p.q, {{s.head_dim, s.q_len, s.q_heads, s.batch}}) &&
+         has_tensor_map(p.k, {{s.head_dim, s.k_len, s.kv_heads, s.batch}}) &&
+         has_tensor_map(p.v, {{s.v_dim, s.k_len, s.kv_heads, s.batch}});
+}
+
 }  // namespace
 
 size_t attention_shared_bytes(int64_t head_dim) {
@@ -64,12 +78,16 @@ size_t attention_shared_bytes(int64_t head_dim) {
 }
 
 // Enough parts that every multiprocessor has two blocks, and none of fewer than four tiles of keys.
-ForwardPlan attention_forward_plan(const AttentionParams& p, int multiprocessors) {
+ForwardPlan attention_forward_plan(const AttentionParams& p, const Device& device) {
   ForwardPlan plan;
   if (empty(p.shape)) return plan;
+  // sm_90a's kernel splits no keys; it is faster all the same where it keeps half of the device.
+  const int64_t sm90_tiles = p.shape.batch * p.shape.q_heads * ceil_div(p.shape.q_len, 128);
+  if (2 * sm90_tiles >= device.multiprocessors && sm90_serves(p, device.capability)) return plan;
   const Walk w = walk_of(p);
   const int64_t most = ceil_div(p.shape.k_len, 4 * kChunk);
-  const int64_t wanted = 2 * int64_t(multiprocessors) / std::max<int64_t>(w.tiles * w.heads, 1);
+  const int64_t wanted =
+      2 * int64_t(device.multiprocessors) / std::max<int64_t>(w.tiles * w.heads, 1);
   int64_t parts = std::max<int64_t>(1, std::min({wanted, most, int64_t(128)}));
   if (parts > 1) {  // no empty ones
     const int64_t chunk = ceil_div(p.shape.k_len, parts * kChunk) * kChunk;
@@ -107,6 +125,11 @@ void attention_forward(const AttentionParams& p, const ForwardPlan& plan, float*
     c.parts.acc = workspace;
     c.parts.max = workspace + rows * plan.parts * s.v_dim;
     c.parts.sum = c.parts.max + rows * plan.parts;
+  }
+  if (plan.parts == 1 && sm90_serves(p, device.capability)) {
+    with_head_dim(std::max(s.head_dim, s.v_dim),
+                  [&](auto n) { attention_forward_sm90_of<decltype(n)::value>(p, c, device); });
+    return;
   }
   with_head_dim(std::max(s.head_dim, s.v_dim),
                 [&](auto n) { attention_forward_of<decltype(n)::value>(p.dtype, c, device); });

@@ -20,7 +20,10 @@ struct DropoutRule {
     return Philox::at(given.seed_now(), uint32_t(j) >> 2, uint32_t(i), uint32_t(h), uint32_t(b));
   }
   FASTATTN_DEVICE bool keeps(int b, int h, int i, int j) const {
-    return words(b, h, i, j).word[j & 3] >= threshold;
+    const Philox random = words(b, h, i, j);  // selected: an index would put it into memory
+    const uint32_t even = j & 2 ? random.word[2] : random.word[0];
+    const uint32_t odd = j & 2 ? random.word[3] : random.word[1];
+    return (j & 1 ? odd : even) >= threshold;
   }
 };
 

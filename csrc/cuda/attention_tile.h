@@ -36,9 +36,10 @@ FASTATTN_DEVICE void copy_tile(const Tile<kRows, kColumns>& tile, int width, int
   constexpr int kChunks = kColumns / 8;
   static_assert(kRows * kChunks % kAttentionThreads == 0, "every thread copies as much");
   if (aligned) {
-    FASTATTN_UNROLL
-    for (int n = 0; n < kRows * kChunks / kAttentionThreads; ++n) {
-      const int at = n * kAttentionThreads + thread_x();
+    const int thread = int(forgotten(unsigned(thread_x())));  // addresses of a loop's copies would
+    FASTATTN_UNROLL                                           // stay in registers through it
+        for (int n = 0; n < kRows * kChunks / kAttentionThreads; ++n) {
+      const int at = n * kAttentionThreads + thread;
       const int r = at / kChunks, chunk = at % kChunks;
       const T* from = row(r);
       const bool there = from != nullptr && chunk * 8 < width;
@@ -96,16 +97,16 @@ FASTATTN_DEVICE void store_rows(const Tile<kRows, kColumns>& tile, int first_row
 
 // Rows [row, row + 16), columns [16 k, 16 k + 16) as the first factor.
 template <int kRows, int kColumns>
-FASTATTN_DEVICE void load_a(uint32_t (&a)[4], const Tile<kRows, kColumns>& tile, int row, int k) {
-  const int lane = thread_x() % 32;
+FASTATTN_DEVICE void load_a(uint32_t (&a)[4], const Tile<kRows, kColumns>& tile, int row, int k,
+                            int lane) {
   load_matrices(a, tile.at(row + (lane & 15), 2 * k + (lane >> 4)));
 }
 
 // Rows [row, row + 16) as 16 columns of the second factor, of which the columns
 // [16 k, 16 k + 16) are summed over: two fragments.
 template <int kRows, int kColumns>
-FASTATTN_DEVICE void load_b(uint32_t (&b)[4], const Tile<kRows, kColumns>& tile, int row, int k) {
-  const int lane = thread_x() % 32;
+FASTATTN_DEVICE void load_b(uint32_t (&b)[4], const Tile<kRows, kColumns>& tile, int row, int k,
+                            int lane) {
   load_matrices(b, tile.at(row + (lane & 7) + (lane >> 4) * 8, 2 * k + (lane >> 3 & 1)));
 }
 
@@ -128,15 +129,17 @@ FASTATTN_DEVICE void multiply_rows(float (&c)[kRowTiles][kN / 8][4],
   for (int r = 0; r < kRowTiles; ++r) FASTATTN_UNROLL
   for (int n = 0; n < kN / 8; ++n) FASTATTN_UNROLL
   for (int e = 0; e < 4; ++e) c[r][n][e] = 0.0f;
+  // Two tiles of rows leave no registers for addresses to stay in through the loop around this.
+  const int thread = kRowTiles > 1 ? int(forgotten(unsigned(thread_x()))) : thread_x();
   FASTATTN_UNROLL
   for (int k = 0; k < kColumns / 16; ++k) {
     uint32_t fa[kRowTiles][4];
     FASTATTN_UNROLL
-    for (int r = 0; r < kRowTiles; ++r) load_a(fa[r], a, a_row + 16 * r, k);
+    for (int r = 0; r < kRowTiles; ++r) load_a(fa[r], a, a_row + 16 * r, k, thread % 32);
     FASTATTN_UNROLL
     for (int n = 0; n < kN / 16; ++n) {
       uint32_t fb[4];
-      load_b(fb, b, b_row + 16 * n, k);
+      load_b(fb, b, b_row + 16 * n, k, thread % 32);
       FASTATTN_UNROLL
       for (int r = 0; r < kRowTiles; ++r) {
         multiply<T>(c[r][2 * n], fa[r], fb[0], fb[1]);

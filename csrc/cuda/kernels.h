@@ -17,6 +17,7 @@ struct Stream {
 struct Device {
   size_t shared_bytes = 48 << 10;  // of a block
   int multiprocessors = 1;
+  int capability = 80;  // 90: sm_90
   Stream stream;
 };
 
@@ -32,7 +33,7 @@ struct ForwardPlan {
   int parts = 1;
   int64_t workspace_floats = 0;
 };
-ForwardPlan attention_forward_plan(const AttentionParams& params, int multiprocessors);
+ForwardPlan attention_forward_plan(const AttentionParams& params, const Device& device);
 void attention_forward(const AttentionParams& params, const ForwardPlan& plan, float* workspace,
                        const Device& device);
 

@@ -164,7 +164,7 @@ layer_norm_backward_kernel(FASTATTN_PARAMS Call c) {
 
 // dx and dresidual of a wide row: in shared memory, or read twice.
 template <typename T>
-FASTATTN_KERNEL(1024, 1)
+FASTATTN_KERNEL(kWideThreads, 1)
 layer_norm_backward_wide_kernel(FASTATTN_PARAMS Call c) {
   FASTATTN_SHARED(memory);
   constexpr int kN = kPack<T>;

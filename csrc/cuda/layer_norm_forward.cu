@@ -122,7 +122,7 @@ FASTATTN_DEVICE void each_pack(const RowGroup& group, int64_t width, F f) {
 }
 
 template <typename T, int kHeld>
-FASTATTN_KERNEL(kHeld > 0 ? 512 : 1024, 1)
+FASTATTN_KERNEL(kHeld > 0 ? 512 : kWideThreads, 1)
 layer_norm_forward_kernel(FASTATTN_PARAMS Call c) {
   FASTATTN_SHARED(memory);
   const LayerNormParams& p = c.p;

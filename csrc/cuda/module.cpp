@@ -20,11 +20,14 @@ namespace {
 
 #ifdef FASTATTN_EMULATE
 
+int emulated_capability = 80;
+
 // Few multiprocessors, so that the small problems of the tests make blocks walk.
 Device limits_of(int) {
   Device d;
   d.shared_bytes = 227 << 10;
   d.multiprocessors = 3;
+  d.capability = emulated_capability;
   return d;
 }
 
@@ -44,6 +47,8 @@ Device limits_of(int device) {
   Device d;
   d.shared_bytes = size_t(ask(cudaDevAttrMaxSharedMemoryPerBlockOptin));
   d.multiprocessors = ask(cudaDevAttrMultiProcessorCount);
+  d.capability =
+      10 * ask(cudaDevAttrComputeCapabilityMajor) + ask(cudaDevAttrComputeCapabilityMinor);
   return d;
 }
 
@@ -79,7 +84,7 @@ float* floats(const py::handle& workspace) { return static_cast<float*>(address(
 py::tuple bind_forward_plan(const py::handle& call, const py::handle& out, const py::handle& lse) {
   const On on = device_of(call);
   const AttentionParams p = attention_params(call, out, lse, py::none(), 1);
-  const ForwardPlan plan = attention_forward_plan(p, on.device.multiprocessors);
+  const ForwardPlan plan = attention_forward_plan(p, on.device);
   return py::make_tuple(plan.parts, plan.workspace_floats);
 }
 
@@ -150,10 +155,10 @@ void bind_softmax_backward(const py::handle& walk, double scale, bool log, const
 void bind(py::module_& m) {
   m.doc() = "fastattn CUDA kernels.";
   m.def("use_exchange", &use_exchange);
-  // (shared memory that a block may have, multiprocessors)
+  // (shared memory that a block may have, multiprocessors, compute capability as 90)
   m.def("limits", [](int device) {
     const Device d = limits_of(device);
-    return py::make_tuple(d.shared_bytes, d.multiprocessors);
+    return py::make_tuple(d.shared_bytes, d.multiprocessors, d.capability);
   });
   m.def("attention_shared_bytes", &attention_shared_bytes);
   m.def("attention_forward_plan", &bind_forward_plan);
@@ -170,7 +175,10 @@ void bind(py::module_& m) {
 #ifdef FASTATTN_EMULATE
 PYBIND11_MODULE(_cuda_emulated, m) {
   bind(m);
+  m.def("emulate", [](int capability) { emulated_capability = capability; });
   m.def("take_bank_conflicts", &emulator::take_bank_conflicts);
+  m.def("take_rare", &emulator::take_rare);
+  m.def("take_launches", &emulator::take_launches);
 }
 #else
 PYBIND11_MODULE(_cuda, m) { bind(m); }

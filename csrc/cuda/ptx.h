@@ -1,5 +1,5 @@
-// The instructions that C++ has no words for, and the only inline PTX. With FASTATTN_EMULATE they
-// are those of tests/emulator, and a host compiler builds the kernels.
+// The instructions that C++ has no words for, and with ptx_sm90.h the only inline PTX. With
+// FASTATTN_EMULATE they are those of tests/emulator, and a host compiler builds the kernels.
 #pragma once
 #include <cstdint>
 
@@ -48,6 +48,12 @@ FASTATTN_DEVICE int block_y() { return int(blockIdx.y); }
 FASTATTN_DEVICE int block_z() { return int(blockIdx.z); }
 FASTATTN_DEVICE int grid_x() { return int(gridDim.x); }
 FASTATTN_DEVICE int grid_y() { return int(gridDim.y); }
+
+// A number of which the compiler forgets where it has it from.
+FASTATTN_DEVICE unsigned forgotten(unsigned x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 
 // The emulator counts it: that something rare happened.
 FASTATTN_DEVICE void note_rare(const char*) {}

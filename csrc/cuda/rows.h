@@ -156,6 +156,7 @@ struct RowPlan {
 };
 
 constexpr size_t kReduceBytes = 128;
+constexpr int kWideThreads = 512;  // more of them would have too few registers
 
 // What lies in shared memory for each pack of a row that registers don't hold.
 inline RowPlan row_plan(int64_t width, int pack, int pack_bytes, size_t shared_limit,
@@ -169,7 +170,7 @@ inline RowPlan row_plan(int64_t width, int pack, int pack_bytes, size_t shared_l
     while (plan.threads * 4 < packs && plan.threads < max_threads) plan.threads *= 2;
     if (plan.threads * 4 < packs) {
       plan.held = 0;
-      plan.threads = packs > 4096 ? 1024 : 512;
+      plan.threads = kWideThreads;
       plan.shared = kReduceBytes + size_t(packs) * size_t(pack_bytes) <= shared_limit;
       if (plan.shared) plan.bytes += size_t(packs) * size_t(pack_bytes);
     }

@@ -16,7 +16,7 @@ struct Call {
 FASTATTN_DEVICE float term(float y, float dy, bool log) { return log ? dy : y * dy; }
 
 template <typename T, int kHeld>
-FASTATTN_KERNEL(kHeld > 0 ? 256 : 1024, 1)
+FASTATTN_KERNEL(kHeld > 0 ? 256 : kWideThreads, 1)
 softmax_backward_kernel(FASTATTN_PARAMS Call c) {
   FASTATTN_SHARED(memory);
   constexpr int kN = kPack<T>;

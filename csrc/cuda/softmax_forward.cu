@@ -14,7 +14,7 @@ struct Call {
 };
 
 template <typename T, int kHeld>
-FASTATTN_KERNEL(kHeld > 0 ? 256 : 1024, 1)
+FASTATTN_KERNEL(kHeld > 0 ? 256 : kWideThreads, 1)
 softmax_forward_kernel(FASTATTN_PARAMS Call c) {
   FASTATTN_SHARED(memory);
   constexpr int kN = kPack<T>;

@@ -116,6 +116,7 @@ class Backend:
     """What a backend implements. None stands for a result that was not asked for."""
 
     name: str
+    rival = ""  # a backend earlier in the order, before which this one goes where it is ahead
 
     @property
     def device(self) -> str:
@@ -132,6 +133,11 @@ class Backend:
         Looks at shapes, dtypes and devices only, and stays plain enough for torch.compile to trace.
         """
         raise NotImplementedError
+
+    def ahead(self, request: Request) -> tuple[bool, str]:
+        """Whether it goes before its rival for a request that both serve, and why; as plain as
+        ``reasons``."""
+        return False, ""
 
     def detail(self) -> str:
         """What a person wants to know about this backend here, such as its instruction set."""

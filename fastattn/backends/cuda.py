@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from . import measured
 from .base import (
     AttentionCall,
     Backend,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 ATTENTION_DTYPES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *ATTENTION_DTYPES)
+DTYPE_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
 OLDEST = (8, 0)
 MAX_HEAD_DIM = 256
 
@@ -54,6 +56,7 @@ def load_extension() -> tuple[ModuleType | None, str]:
 
 class CudaBackend(RowKernels, Backend):
     name = "cuda"
+    rival = "triton"
 
     def __init__(self, module: ModuleType | None = None) -> None:
         self._unavailable: str | None = None
@@ -65,6 +68,7 @@ class CudaBackend(RowKernels, Backend):
             self._unavailable = show_tensors(module)
         self.module: Any = module
         self._emulated_limits = module.limits(0) if module and self.emulated else ()
+        self._measured = measured.load()
         # What a block of attention needs, read now: reasons() may run under torch.compile.
         self._head_dims = [
             (n, module.attention_shared_bytes(n) if module else 1)
@@ -97,6 +101,22 @@ class CudaBackend(RowKernels, Backend):
             reasons.append(f"serves float32, bfloat16 and float16 (got {request.dtype})")
         return reasons
 
+    def ahead(self, request: Request) -> tuple[bool, str]:
+        if request.device.type != self.device or self.unavailable():
+            return False, ""
+        arch = f"sm_{self._limits(request.device)[2]}"
+        # What was measured had no variants.
+        if not request.flags and measured.is_ahead(
+            self._measured,
+            arch,
+            request.op,
+            DTYPE_NAMES[request.dtype],
+            request.shapes,
+            request.needs_backward,
+        ):
+            return True, f"a benchmark on {arch} shows it ahead of {self.rival}"
+        return False, f"no benchmark on {arch} shows it ahead of {self.rival}"
+
     def _head_dim_reasons(self, request: Request) -> list[str]:
         head_dim = max(shape[3] for shape in request.shapes)
         needed = 0
@@ -108,15 +128,15 @@ class CudaBackend(RowKernels, Backend):
             return [f"serves head dims up to {MAX_HEAD_DIM} (got {head_dim})"]
         if request.device.type != self.device or self.unavailable():
             return []
-        have, _ = self._limits(request.device)
+        have = self._limits(request.device)[0]
         if needed <= have:
             return []
         return [
             f"head dim {head_dim} needs {needed} bytes of shared memory a block (here are {have})"
         ]
 
-    def _limits(self, device: torch.device) -> tuple[int, int]:
-        """(shared memory that a block may have, multiprocessors)"""
+    def _limits(self, device: torch.device) -> tuple[int, int, int]:
+        """(shared memory that a block may have, multiprocessors, capability: 90 of sm_90)"""
         return self._emulated_limits or _limits_of(device.index or 0)
 
     def attention_forward(self, call: AttentionCall) -> tuple[Tensor, Tensor, None]:
@@ -187,11 +207,11 @@ def _no_device() -> str:
 
 
 @functools.cache
-def _limits_of(index: int) -> tuple[int, int]:
+def _limits_of(index: int) -> tuple[int, int, int]:
     module, reason = load_extension()
     assert module is not None, reason
-    shared_bytes, multiprocessors = module.limits(index)
-    return shared_bytes, multiprocessors
+    shared_bytes, multiprocessors, capability = module.limits(index)
+    return shared_bytes, multiprocessors, capability
 
 
 # Constants to torch.compile, which could not trace them.

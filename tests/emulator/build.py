@@ -71,7 +71,8 @@ def build(
     only=None,
     others=None,
 ):
-    """The path of the extension module, or with ``main``, a source, of the program.
+    """The path of the extension module, or with ``main``, a source, of the program; programs of one
+    folder share the kernels' objects.
 
     ``sources``: another tree, such as one with a mistake in it, of which the files ``only`` are
     compiled; the objects of the others are those in the folder ``others``.
@@ -88,8 +89,10 @@ def build(
     common += [f"-I{path}" for path in include] + ["-x", "c++"]
     objects = [
         ("emulator", EMULATOR / "emulator.cpp", ["-O2", *emulator]),
+        ("hopper", EMULATOR / "hopper.cpp", ["-O2", *emulator]),
         ("instructions", EMULATOR / "instructions.cpp", ["-O3", *emulator]),
-        ("main", main, ["-O1", *checked])
+        ("products", EMULATOR / "products.cpp", ["-O3", *emulator]),
+        (main.stem, main, ["-O1", *checked])
         if main
         else ("module", sources / "csrc/cuda/module.cpp", ["-O0"]),
     ]
@@ -101,7 +104,9 @@ def build(
         of_only = {name for name, path, _ in kernels(sources, head_dims) if path.stem in only}
         made |= {name: others / f"{name}.o" for name in made if name not in of_only}
         objects = [o for o in objects if o[0] in of_only]
-    target = folder / ("program" if main else NAME + sysconfig.get_config_var("EXT_SUFFIX"))
+    target = folder / (
+        f"run_{main.stem}" if main else NAME + sysconfig.get_config_var("EXT_SUFFIX")
+    )
     link = checked if main else ["-shared", *checked]
     lines = [
         f"builddir = {folder}",
@@ -116,7 +121,7 @@ def build(
         line = shlex.join([compiler(), *common, *flags, "-c", str(path)])
         lines += [f"build {made[name]}: compile {path}", f"  line = {line}"]
     lines.append(f"build {target}: link {' '.join(map(str, made.values()))}")
-    script = folder / "build.ninja"
+    script = folder / f"{main.stem if main else NAME}.ninja"
     script.write_text("\n".join(lines) + "\n")
     folders = [sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)]
     ninja = shutil.which("ninja", path=os.pathsep.join(folders))

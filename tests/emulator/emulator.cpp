@@ -58,6 +58,7 @@ struct Thread {
   Where where{};
   bool (*ready)(void*) = nullptr;
   void* ready_state = nullptr;
+  bool last = false;         // waits for the others alone
   std::vector<Copy> copies;  // under way; room for kMaxCopies, made by the host
   int64_t group = 0;         // that the next copy belongs to
 };
@@ -104,6 +105,8 @@ struct Machine {
   char start = 0, end_of_launch = 0;
   std::map<std::string, int> conflicts;
   const char* rare[8] = {};
+  std::map<std::string, int> launches;
+  Unit unit{};
 };
 
 Machine& machine() {
@@ -171,25 +174,25 @@ std::string name_of(Machine& m, int thread) {
   return line;
 }
 
+// Threads that wait for others' work and need not any more; `last`: those of wait_for_others.
+bool wake(Machine& m, bool last) {
+  bool any = false;
+  for (int i = 0; i < m.launch->threads; ++i) {
+    Thread& t = *m.threads[i];
+    if (!t.ready || t.last != last || !t.ready(t.ready_state)) continue;
+    t.ready = nullptr;
+    m.warps[i / kLanes].ready |= 1u << (i % kLanes);
+    any = true;
+  }
+  return any;
+}
+
 // Nobody can run: threads that wait for others' work may, or all are done, or never will be.
 Thread* next_or_end(Machine& m) {
   if (Thread* next = next_ready(m)) return next;
-  for (;;) {
-    bool waits = false, moved = false;
-    for (int i = 0; i < m.launch->threads; ++i) {
-      Thread& t = *m.threads[i];
-      if (!t.ready) continue;
-      waits = true;
-      if (t.ready(t.ready_state)) {
-        t.ready = nullptr;
-        m.warps[i / kLanes].ready |= 1u << (i % kLanes);
-        moved = true;
-      }
-    }
-    if (moved) return next_ready(m);
-    if (!waits) break;
-    break;
-  }
+  do {
+    if (wake(m, false) || wake(m, true)) return next_ready(m);
+  } while (m.unit.advance && m.unit.advance());
   for (int i = 0; i < m.launch->threads; ++i)
     if (!m.threads[i]->done) {
       const Thread& t = *m.threads[i];
@@ -252,6 +255,7 @@ void run_block(Machine& m, int set) {
     t.done = false;
     t.waits_at = nullptr;
     t.ready = nullptr;
+    t.last = false;
     t.copies.clear();
     t.group = 0;
     t.context.prepare(thread_main);
@@ -265,8 +269,13 @@ void run_block(Machine& m, int set) {
     for (uint32_t& lanes : b.waiting) lanes = 0;
   }
   m.running = nullptr;
+  if (m.unit.begin) m.unit.begin();
   __tsan_release(&m.start);
   go_to(m, next_ready(m));
+  if (m.unit.end && m.failure.empty()) {
+    const std::string wrong = m.unit.end();
+    if (!wrong.empty()) m.failure = name_of(m, 0) + ": " + wrong;
+  }
   m.shared = nullptr;
 #ifdef EMULATOR_TSAN
   m.left.push_back(block);  // its threads and the host meet at the end of the launch
@@ -305,9 +314,19 @@ std::vector<std::string> take_rare() {
   return names;
 }
 
+std::vector<std::string> take_launches() {
+  Machine& m = machine();
+  const std::lock_guard<std::mutex> lock(m.mutex);
+  std::vector<std::string> names;
+  for (const auto& [name, count] : m.launches) names.push_back(name);
+  m.launches.clear();
+  return names;
+}
+
 void launch(const Launch& l) {
   Machine& m = machine();
   const std::lock_guard<std::mutex> lock(m.mutex);
+  ++m.launches[l.kernel];
   const auto refuse = [&](const char* why) {
     throw std::runtime_error(std::string(l.kernel) + ": " + why);
   };
@@ -423,6 +442,32 @@ bool sync_block(int id, int count, bool value, Where where) {
   return b.result;
 }
 
+void attach(const Unit& unit) { machine().unit = unit; }
+Completion completion() { return machine().options.completion; }
+uint64_t chance() { return machine().chance(); }
+size_t shared_bytes() { return machine().launch->shared_bytes; }
+
+void wait_for_others(const char* name, Where where) {
+  Machine& m = machine();
+  Thread& t = *m.running;
+  t.ready = [](void*) { return true; };
+  t.last = true;
+  m.warps[t.index / kLanes].ready &= ~(1u << (t.index % kLanes));
+  wait_here(m, name, where);
+  t.last = false;
+}
+
+void yield() {
+  Machine& m = machine();
+  if (!by_chance(m) || m.chance() % 2) return;
+  wake(m, false);
+  const int start = int(m.chance() % m.warp_count);
+  for (int i = 0; i < m.warp_count; ++i) {
+    const int w = (start + i) % m.warp_count;
+    if (m.warps[w].ready) return go_to(m, first_of(m, w, m.warps[w].ready));
+  }
+}
+
 void wait_until(const char* name, bool (*ready)(void*), void* state, Where where) {
   Machine& m = machine();
   poll();
@@ -485,6 +530,7 @@ void wait_copies(int groups_left) {
 void poll() {
   Machine& m = machine();
   if (!by_chance(m)) return;
+  if (m.unit.poll) m.unit.poll();
   std::vector<Copy>& copies = m.running->copies;
   if (copies.empty() || m.chance() % 4) return;
   const size_t i = m.chance() % copies.size();

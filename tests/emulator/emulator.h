@@ -41,6 +41,9 @@ std::vector<std::string> take_bank_conflicts();
 // broken would hide a mistake otherwise.
 std::vector<std::string> take_rare();
 
+// The names of kernels launched since the last call.
+std::vector<std::string> take_launches();
+
 // ---- for launch.h
 // ------------------------------------------------------------------------------
 
@@ -91,6 +94,26 @@ void wait_until(const char* name, bool (*ready)(void*), void* state, Where where
 void note_bank_conflict(int ways);
 
 void note_rare(const char* what);
+
+// ---- for hopper.cpp ----------------------------------------------------------------------------
+
+// Units that work beside the threads of a block.
+struct Unit {
+  void (*begin)();       // of a block
+  std::string (*end)();  // of a block: what is wrong with how it ended
+  bool (*advance)();     // no thread can run: whether something under way has arrived
+  void (*poll)();        // as poll() below
+};
+void attach(const Unit& unit);
+
+// Goes on when no other thread can run, and before anything under way has to arrive.
+void wait_for_others(const char* name, Where where);
+// Lets other threads run, where chance would have it.
+void yield();
+
+Completion completion();
+uint64_t chance();
+size_t shared_bytes();
 
 // Lets what is under way arrive where chance would have it.
 void poll();

@@ -18,6 +18,8 @@ inline int block_z() { return int(emulator::block(2)); }
 inline int grid_x() { return int(emulator::grid(0)); }
 inline int grid_y() { return int(emulator::grid(1)); }
 
+inline unsigned forgotten(unsigned x) { return x; }
+
 inline void note_rare(const char* what) { emulator::note_rare(what); }
 
 // ---- waiting -----------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ class Mistake(NamedTuple):
     new: str
     caught: str = "lazy"
     says: str = ""  # a part of what is reported
+    program: str = "check"  # that it is noticed in
 
 
 FORWARD = "attention_forward.h"
@@ -189,8 +190,8 @@ MISTAKES = [
     Mistake(
         "the mask off by one",
         FORWARD,
-        "j >= begin[n] && j < end[n]",
-        "j >= begin[n] && j <= end[n]",
+        "p.sees(i, j)",
+        "p.sees(i, j - 1)",
     ),
     Mistake(
         "old results not rescaled",

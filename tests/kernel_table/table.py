@@ -30,30 +30,20 @@ from triton.compiler import ASTSource
 sys.path.insert(0, str(Path(__file__).parent))
 
 import attention_variants
+import common
 import row_variants
 
 from fastattn.backends.triton.kernel import KernelVariant
 
 TABLE = Path(__file__).parent / "table.txt"
-GROWTH = 1.05  # of registers, before it is a failure
 
 
-class Machine(NamedTuple):
-    """What a multiprocessor has."""
-
-    target: GPUTarget
-    registers: int
-    threads: int
-    blocks: int
-    shared: int  # bytes
-
-
-MACHINES = {
-    "sm_80": Machine(GPUTarget("cuda", 80, 32), 65536, 2048, 32, 164 << 10),
-    "sm_90": Machine(GPUTarget("cuda", 90, 32), 65536, 2048, 32, 228 << 10),
-    "sm_100": Machine(GPUTarget("cuda", 100, 32), 65536, 2048, 32, 228 << 10),
-    "sm_120": Machine(GPUTarget("cuda", 120, 32), 65536, 1536, 24, 100 << 10),
-    "gfx942": Machine(GPUTarget("hip", "gfx942", 64), 4 * 64 * 512, 2048, 16, 64 << 10),
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
 
@@ -93,13 +83,13 @@ def variants(arch: str) -> Iterator[KernelVariant]:
 
 
 def compiled(variant: KernelVariant, arch: str) -> Line:
-    machine = MACHINES[arch]
+    target = TARGETS[arch]
     kernel = triton.compile(
         ASTSource(variant.function, variant.signature, variant.constants, variant.attributes),
-        target=machine.target,
+        target=target,
         options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
     )
-    hip = machine.target.backend == "hip"
+    hip = target.backend == "hip"
     assembly = kernel.asm["amdgcn" if hip else "ptx"]
     if hip:
         registers, spilled = (
@@ -109,14 +99,14 @@ def compiled(variant: KernelVariant, arch: str) -> Line:
     else:
         registers, spilled = resource_usage(kernel.asm["cubin"])
     shared = kernel.metadata.shared
-    threads = kernel.metadata.num_warps * machine.target.warp_size  # warp specialisation adds some
+    threads = kernel.metadata.num_warps * target.warp_size  # warp specialisation adds some
     return Line(
         variant.name,
         arch,
         registers,
         spilled,
         shared,
-        blocks_that_fit(machine, registers, threads, shared),
+        common.blocks_that_fit(common.MACHINES[arch], registers, threads, shared),
         *(len(re.findall(pattern, assembly)) for pattern in TENSOR_CORES.values()),
         len(re.findall(WIDE_LOAD, assembly)),
         len(re.findall(WIDE_STORE, assembly)),
@@ -136,24 +126,11 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2]) + int(found[3])
 
 
-def blocks_that_fit(machine: Machine, registers: int, threads: int, shared: int) -> int:
-    """Registers are given out in eights a thread; CUDA keeps a kilobyte of shared memory a block."""
-    held = -(-max(registers, 1) // 8) * 8 * threads
-    reserved = shared + (1024 if machine.target.backend == "cuda" else 0)
-    fits = (machine.registers // held, machine.threads // threads, machine.blocks)
-    return min(*fits, machine.shared // max(reserved, 1))
-
-
 # ---------------------------------------------------------------------------------- the table
 
 
 def text_of(lines: Iterable[Line], version: str) -> str:
-    rows = [Line._fields, *([str(x) for x in line] for line in lines)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(Line._fields))]
-    body = (
-        "  ".join(x.ljust(n) for x, n in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
-    return f"triton {version}\n" + "\n".join(body) + "\n"
+    return common.text_of(lines, f"triton {version}", Line._fields)
 
 
 def read(path: Path = TABLE) -> tuple[str, dict[tuple[str, str], Line]]:
@@ -172,12 +149,7 @@ def problems(variant: KernelVariant, line: Line, before: Line | None) -> Iterato
             yield f"has no {name} instruction"
     if before is None:
         return
-    if line.registers > before.registers * GROWTH:
-        yield f"takes {line.registers} registers, {before.registers} before"
-    if line.spilled > before.spilled:
-        yield f"spills {line.spilled} bytes, {before.spilled} before"
-    if line.blocks < before.blocks:
-        yield f"fits {line.blocks} times on a multiprocessor, {before.blocks} before"
+    yield from common.growth(line, before)
     for name in (*TENSOR_CORES, "loads", "stores"):
         if getattr(before, name) and not getattr(line, name):
             what = f"16-byte {name}" if name in ("loads", "stores") else f"{name} instructions"
@@ -193,7 +165,7 @@ def main(arguments: list[str]) -> int:
     if update:
         same = False
     lines, found, notes = [], [], []
-    for arch in MACHINES:
+    for arch in TARGETS:
         for variant in variants(arch):
             if pattern and not fnmatch.fnmatch(f"{variant.name}/{arch}", f"*{pattern}*"):
                 continue
@@ -211,7 +183,7 @@ def main(arguments: list[str]) -> int:
             said = [f"{variant.name} on {arch}: {x}" for x in problems(variant, line, before)]
             found += said if same or update else [x for x in said if "spills" not in x]
             notes += [] if same or update else [x for x in said if "spills" in x]
-    order = list(MACHINES)
+    order = list(TARGETS)
     lines = sorted([*lines, *kept.values()], key=lambda x: (x.kernel, order.index(x.arch)))
     if pattern and not update:
         print(text_of(lines, triton.__version__), end="")
