@@ -29,9 +29,7 @@ def parser() -> argparse.ArgumentParser:
     defaults = {"out": "runs/summarise", "steps": 2000, "batch": 32, "lr": 3e-3}
     model = {"layers": 2, "heads": 4, "dropout": 0.1, "longest_source": 64, "longest_target": 24}
     parser = pair_arguments(__doc__, **defaults, **model)
-    parser.set_defaults(
-        quick_defaults={"attention": "both", "steps": 160, "dropout": 0.0, "held_out": 100}
-    )
+    parser.set_defaults(quick_defaults={"attention": "both", "steps": 160, "held_out": 100})
     return parser
 
 

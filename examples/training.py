@@ -76,7 +76,7 @@ def arguments(
     add("--d-model", type=positive, default=128)
     add("--layers", type=positive, default=3)
     add("--heads", type=positive, default=2)
-    add("--dropout", type=float, default=0.0)
+    add("--dropout", type=float, default=0.0, help="0 with --attention both, unless it is named")
     add("--lr", type=positive_float, default=2e-3, help="the highest learning rate")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: autocast")
     add("--resume", action="store_true", help="go on from the checkpoint in --out, if any")
@@ -89,6 +89,9 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     first, _ = parser.parse_known_args(argv)
     if first.quick:  # presets are defaults, so whatever is named beside --quick holds
         parser.set_defaults(**first.quick_defaults)
+        first, _ = parser.parse_known_args(argv)
+    if first.attention == "both" and "dropout" in first:
+        parser.set_defaults(dropout=0.0)  # each would draw its own, and the losses part
     args = parser.parse_args(argv)
     del args.quick_defaults
     return args

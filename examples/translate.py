@@ -40,9 +40,7 @@ def parser() -> argparse.ArgumentParser:
     packages = " and ".join(PACKAGES)
     add("--package", action="append", help=f"whose catalogues to read; repeatable [{packages}]")
     add("--language", default="es", help="to translate to, as the package calls it [es]")
-    parser.set_defaults(
-        quick_defaults={"attention": "both", "steps": 300, "dropout": 0.0, "held_out": 100}
-    )
+    parser.set_defaults(quick_defaults={"attention": "both", "steps": 300, "held_out": 100})
     return parser
 
 

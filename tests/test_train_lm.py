@@ -241,3 +241,12 @@ def test_what_is_named_beside_quick_holds():
     assert (args.attention, args.steps) == ("both", 240)
     args = training.parse(train_lm.parser(), ["--quick", "--attention", "naive", "--steps", "7"])
     assert (args.attention, args.steps) == ("naive", 7)
+
+
+def test_fused_beside_naive_drops_nothing_unless_asked():
+    """Each draws its own, and their losses are to be the same."""
+    beside = ["--attention", "both"]
+    assert training.parse(train_lm.parser(), beside).dropout == 0.0
+    assert training.parse(train_lm.parser(), ["--quick"]).dropout == 0.0
+    assert training.parse(train_lm.parser(), [*beside, "--dropout", "0.2"]).dropout == 0.2
+    assert training.parse(train_lm.parser(), []).dropout > 0.0
