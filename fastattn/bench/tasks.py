@@ -7,7 +7,7 @@ rows end in padding where the task's do.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -89,36 +89,31 @@ def padding(tokens: Tensor) -> Tensor:
     return torch.arange(length) < lengths[:, None]
 
 
-class EncoderWithHead(nn.Module):
-    """An encoder and a linear layer over its states, (B, S, outputs)."""
-
-    def __init__(self, config: Any, outputs: int):
-        from ..models import Encoder
-
-        super().__init__()
-        self.encoder = Encoder(config)
-        self.head = nn.Linear(config.d_model, outputs)
-
-    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        return self.head(self.encoder(tokens, mask))
-
-
 class MaskedLanguageModelTask(TaskBenchmark):
-    """Every seventh token from all the others."""
+    """Every seventh token from all the others, and whether the second half follows the first."""
 
     task = "masked_language_model"
 
     def build(self, config: Any) -> nn.Module:
-        return EncoderWithHead(config, self.vocabulary)
+        from ..models import MaskedLanguageModel
+
+        return MaskedLanguageModel(replace(config, segments=2))
+
+    def segments(self, tokens: Tensor) -> Tensor:
+        return (torch.arange(tokens.shape[1]) >= tokens.shape[1] // 2).long().expand_as(tokens)
 
     def logits(self, model: Any, tokens: Tensor) -> Tensor:
-        return model(tokens, padding(tokens))
+        return model(tokens, padding(tokens), self.segments(tokens)).tokens
 
     def loss(self, model: Any, tokens: Tensor) -> Tensor:
-        hidden = torch.arange(tokens.shape[1]) % 7 == 3
-        seen = tokens.masked_fill(hidden, 0)
-        logits = self.logits(model, seen)[:, hidden]
-        return F.cross_entropy(logits.flatten(0, 1), tokens[:, hidden].flatten())
+        from ..models.transformer import IGNORE
+
+        mask = padding(tokens)
+        hidden = mask & (torch.arange(tokens.shape[1]) % 7 == 3)
+        seen, targets = tokens.masked_fill(hidden, 0), tokens.masked_fill(~hidden, IGNORE)
+        follows = torch.arange(len(tokens)) % 2 == 0
+        words, pairs, _ = model.losses(seen, targets, follows, mask, self.segments(tokens))
+        return words + pairs
 
 
 class ClassificationTask(TaskBenchmark):
@@ -128,12 +123,12 @@ class ClassificationTask(TaskBenchmark):
     classes: ClassVar[int] = 8
 
     def build(self, config: Any) -> nn.Module:
-        return EncoderWithHead(config, self.classes)
+        from ..models import SequenceClassifier
+
+        return SequenceClassifier(config, self.classes)
 
     def logits(self, model: Any, tokens: Tensor) -> Tensor:
-        mask = padding(tokens)
-        states = model(tokens, mask).masked_fill(~mask[..., None], 0.0)
-        return states.sum(1) / mask.sum(1, keepdim=True)
+        return model(tokens, padding(tokens))
 
     def loss(self, model: Any, tokens: Tensor) -> Tensor:
         return F.cross_entropy(self.logits(model, tokens), tokens[:, 0] % self.classes)
@@ -162,7 +157,7 @@ class EncoderDecoderTask(TaskBenchmark):
 BENCHMARKS: tuple[TaskBenchmark, ...] = (
     LanguageModelTask("train_step", 16, 64, width=160, layers=2, heads=5, quick=False),
     LanguageModelTask("train_step", 4, 1024, quick=False),
-    MaskedLanguageModelTask("train_step", 32, 64, vocabulary=2048, quick=False),
-    EncoderDecoderTask("train_step", 32, 128, vocabulary=2000, quick=False),
-    ClassificationTask("train_step", 32, 64, vocabulary=2048, quick=False),
+    MaskedLanguageModelTask("train_step", 32, 64, layers=2, heads=4, vocabulary=2048, quick=False),
+    EncoderDecoderTask("train_step", 32, 128, layers=2, heads=4, vocabulary=2000, quick=False),
+    ClassificationTask("train_step", 32, 64, layers=2, heads=4, vocabulary=2048, quick=False),
 )
