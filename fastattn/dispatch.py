@@ -32,7 +32,9 @@ def select(name: str | None, request: Request) -> Backend:
     if name is None:
         for backend in BACKENDS.values():
             if backend.unavailable() is None and not backend.reasons(request):
-                return _ahead_of(backend, request) or backend
+                if backend.challenger and _is_ahead(backend.challenger, request):
+                    return BACKENDS[backend.challenger]
+                return backend
         raise ValueError(f"no backend serves this call:\n{_report(request)}")
     named = BACKENDS.get(name) if isinstance(name, str) else None
     if named is None:
@@ -44,15 +46,9 @@ def select(name: str | None, request: Request) -> Backend:
     return named
 
 
-def _ahead_of(chosen: Backend, request: Request) -> Backend | None:
-    for backend in BACKENDS.values():
-        if (
-            backend.rival == chosen.name
-            and not refusals(backend, request)
-            and backend.ahead(request)[0]
-        ):
-            return backend
-    return None
+def _is_ahead(challenger: str, request: Request) -> bool:
+    backend = BACKENDS[challenger]
+    return not refusals(backend, request) and backend.ahead(request)[0]
 
 
 def refusals(backend: Backend, request: Request) -> list[str]:
@@ -72,7 +68,7 @@ class Explanation(NamedTuple):
 
     backend: str
     reasons: dict[str, list[str]]  # of every known backend; empty: it could serve the call
-    notes: dict[str, str] = {}  # what places a backend before or behind its rival  # noqa: RUF012
+    notes: dict[str, str] = {}  # what a backend says of whom it challenges  # noqa: RUF012
 
     def __repr__(self) -> str:
         lines = [f"{self.backend} serves this call"]

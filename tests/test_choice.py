@@ -16,7 +16,7 @@ BACKWARD = FORWARD.replace("forward", "backward")
 
 
 class Triton(ReferenceBackend):
-    name = "triton"
+    name, challenger = "triton", "cuda"
 
     def detail(self):
         return ""
@@ -25,7 +25,7 @@ class Triton(ReferenceBackend):
 class Cuda(Triton):
     """The cuda backend's choice, and nothing else of it."""
 
-    name, rival = "cuda", "triton"
+    name, challenger = "cuda", ""
     ahead = cuda.CudaBackend.ahead
 
     def __init__(self):

@@ -116,7 +116,7 @@ class Backend:
     """What a backend implements. None stands for a result that was not asked for."""
 
     name: str
-    rival = ""  # a backend earlier in the order, before which this one goes where it is ahead
+    challenger = ""  # a later one in the order, which goes before this one where it is ahead
 
     @property
     def device(self) -> str:
@@ -135,8 +135,8 @@ class Backend:
         raise NotImplementedError
 
     def ahead(self, request: Request) -> tuple[bool, str]:
-        """Whether it goes before its rival for a request that both serve, and why; as plain as
-        ``reasons``."""
+        """Whether it goes before the one it challenges, for a request that both serve, and why; as
+        plain as ``reasons``."""
         return False, ""
 
     def detail(self) -> str:

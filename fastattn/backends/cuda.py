@@ -56,7 +56,6 @@ def load_extension() -> tuple[ModuleType | None, str]:
 
 class CudaBackend(RowKernels, Backend):
     name = "cuda"
-    rival = "triton"
 
     def __init__(self, module: ModuleType | None = None) -> None:
         self._unavailable: str | None = None
@@ -68,7 +67,7 @@ class CudaBackend(RowKernels, Backend):
             self._unavailable = show_tensors(module)
         self.module: Any = module
         self._emulated_limits = module.limits(0) if module and self.emulated else ()
-        self._measured = measured.load()
+        self._measured = measured.load() if module else {}
         # What a block of attention needs, read now: reasons() may run under torch.compile.
         self._head_dims = [
             (n, module.attention_shared_bytes(n) if module else 1)
@@ -114,8 +113,8 @@ class CudaBackend(RowKernels, Backend):
             request.shapes,
             request.needs_backward,
         ):
-            return True, f"a benchmark on {arch} shows it ahead of {self.rival}"
-        return False, f"no benchmark on {arch} shows it ahead of {self.rival}"
+            return True, f"a benchmark on {arch} shows it ahead of triton"
+        return False, f"no benchmark on {arch} shows it ahead of triton"
 
     def _head_dim_reasons(self, request: Request) -> list[str]:
         head_dim = max(shape[3] for shape in request.shapes)

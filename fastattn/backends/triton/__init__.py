@@ -72,6 +72,7 @@ def _triton() -> Any:
 
 class TritonBackend(Backend):
     name = "triton"
+    challenger = "cuda"
 
     def __init__(self) -> None:
         self._unavailable: str | None = None
