@@ -12,10 +12,7 @@ from torch import Tensor
 from .. import dispatch, library, reference
 from ..backends.base import LayerNormCall, statistics_dtype
 from ..dispatch import Request
-from ..spec import DTYPES, check_dropout, check_dtype, check_number, check_tensor, is_integer
-
-_PARAMETER = torch.nn.Parameter
-_STRIDED = torch.strided
+from ..spec import check_dropout, check_dtype, check_number, check_tensor, is_integer
 
 
 def layer_norm(
@@ -237,19 +234,9 @@ LayerNormBackwardFunction = library.double_backward(
 
 def _check(name: str, x: Any, normalized_shape: Any, weight: Any, bias: Any) -> int:
     """How many numbers are normalised together, once all is found sound."""
-    if _is_common(x, normalized_shape, weight, bias):
-        return normalized_shape[0]
     check_tensor(name, x)
     check_dtype(name, x)
-    listed = isinstance(normalized_shape, (tuple, list))
-    if not listed or not all(map(is_integer, normalized_shape)):
-        raise TypeError(
-            f"normalized_shape: expected a tuple or list of ints, got {normalized_shape!r} "
-            f"({type(normalized_shape).__name__})"
-        )
-    shape = tuple(normalized_shape)
-    if not shape:
-        raise ValueError("normalized_shape: expected at least one dimension, got none")
+    shape = _checked_shape(normalized_shape)
     if tuple(x.shape)[-len(shape) :] != shape:  # torch.Size is slow to slice
         raise ValueError(
             f"{name}: expected shape (*, {', '.join(str(n) for n in shape)}) to end in "
@@ -261,28 +248,22 @@ def _check(name: str, x: Any, normalized_shape: Any, weight: Any, bias: Any) -> 
         _check_parameter("bias", bias, x, shape)
     if weight is not None and bias is not None and weight.dtype is not bias.dtype:
         raise TypeError(f"bias: expected weight's dtype {weight.dtype}, got {bias.dtype}")
-    return math.prod(shape)
+    return shape[0] if len(shape) == 1 else math.prod(shape)
 
 
-def _is_common(x: Any, normalized_shape: Any, weight: Any, bias: Any) -> bool:
-    """Whether these are sound at a glance: one dimension, weights of x's dtype or none. The checks
-    one by one take longer than the kernel does for a decoded token."""
-    if type(x) is not Tensor or type(normalized_shape) is not tuple or len(normalized_shape) != 1:
-        return False
-    dtype, device = x.dtype, x.device
-    if dtype not in DTYPES or x.layout is not _STRIDED or x.is_nested or not x.dim():
-        return False
-    if type(normalized_shape[0]) is not int or x.shape[-1] != normalized_shape[0]:
-        return False
-    for param in (weight, bias):
-        if param is not None and not (
-            type(param) is _PARAMETER
-            and param.dtype is dtype
-            and param.shape == normalized_shape
-            and param.device == device
-        ):
-            return False
-    return True
+def _checked_shape(normalized_shape: Any) -> tuple[int, ...]:
+    kind = type(normalized_shape)
+    if kind is tuple and len(normalized_shape) == 1 and type(normalized_shape[0]) is int:
+        return normalized_shape  # nearly always
+    listed = isinstance(normalized_shape, (tuple, list))
+    if not listed or not all(map(is_integer, normalized_shape)):
+        raise TypeError(
+            f"normalized_shape: expected a tuple or list of ints, got {normalized_shape!r} "
+            f"({kind.__name__})"
+        )
+    if not normalized_shape:
+        raise ValueError("normalized_shape: expected at least one dimension, got none")
+    return tuple(normalized_shape)
 
 
 def _check_parameter(name: str, param: Any, x: Tensor, shape: tuple[int, ...]) -> None:
