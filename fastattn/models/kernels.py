@@ -75,19 +75,19 @@ def naive_layer_norm(
     return normed if bias is None else normed + bias
 
 
-def naive_add_layer_norm(
-    x: Tensor,
-    residual: Tensor,
-    shape: tuple[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float = 1e-5,
-    *,
-    dropout_p: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """The layer norm of residual + dropout(x), and that sum."""
-    total = residual + F.dropout(x, dropout_p)
-    return naive_layer_norm(total, shape, weight, bias, eps), total
+def add_then(layer_norm: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The layer norm of residual + dropout(x), and that sum, one operation after the other."""
+
+    def add_layer_norm(
+        x: Tensor, residual: Tensor, *affine: Any, dropout_p: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        total = residual + F.dropout(x, dropout_p)
+        return layer_norm(total, *affine), total
+
+    return add_layer_norm
+
+
+naive_add_layer_norm = add_then(naive_layer_norm)
 
 
 # ----------------------------------------------------------------------------------- torch's own
@@ -121,21 +121,6 @@ def torch_attention(
     )
 
 
-def torch_add_layer_norm(
-    x: Tensor,
-    residual: Tensor,
-    shape: tuple[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float = 1e-5,
-    *,
-    dropout_p: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """The layer norm of residual + dropout(x), and that sum."""
-    total = residual + F.dropout(x, dropout_p)
-    return F.layer_norm(total, shape, weight, bias, eps), total
-
-
 # ---------------------------------------------------------------------------------------- the sets
 
 
@@ -151,5 +136,5 @@ KERNELS = {
         fastattn.attention, fastattn.layer_norm, fastattn.add_layer_norm, fastattn.softmax
     ),
     "naive": Kernels(naive_attention, naive_layer_norm, naive_add_layer_norm, torch.softmax),
-    "torch": Kernels(torch_attention, F.layer_norm, torch_add_layer_norm, torch.softmax),
+    "torch": Kernels(torch_attention, F.layer_norm, add_then(F.layer_norm), torch.softmax),
 }
