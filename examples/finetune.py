@@ -17,7 +17,6 @@ It writes to --out: metrics.json, accuracy.png and a checkpoint for each trainin
 from __future__ import annotations
 
 import argparse
-import math
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -30,7 +29,6 @@ from torch import Tensor, nn
 try:
     import pretrain
     from data import (
-        PASSAGES_HELP,
         DataError,
         Passage,
         fingerprint,
@@ -42,11 +40,11 @@ try:
     from rich.table import Table
     from training import (
         Run,
-        arguments,
         build_runs,
         compare,
         computing,
         fit,
+        mean_and_error,
         plotting,
         positive,
         run_script,
@@ -62,14 +60,11 @@ STARTS = ("pre-trained", "from scratch")
 
 def parser() -> argparse.ArgumentParser:
     defaults = {"out": "runs/finetune", "steps": 100, "batch": 16, "lr": 1e-3}
-    parser = arguments(__doc__, data_help=PASSAGES_HELP, **defaults)
+    parser = pretrain.arguments_after(__doc__, **defaults)
     add = parser.add_argument
-    add("--pretrained", type=Path, default=Path("runs/bert"), help="--out of pretrain.py")
     add("--topics", type=positive, default=12, help="the most frequent so many [12]")
     add("--labels", type=positive, default=8, help="labelled texts of each topic [8]")
     add("--seeds", type=positive, default=3, help="choices of labelled texts to average over [3]")
-    # the size of the model is that of the pre-trained one
-    parser.set_defaults(d_model=None, layers=None, heads=None)
     parser.set_defaults(quick_defaults={"attention": "both", "steps": 40, "seeds": 1})
     return parser
 
@@ -144,13 +139,6 @@ def loss(args: argparse.Namespace, model: nn.Module, batch: Any) -> tuple[Tensor
     right = (logits.argmax(-1) == topics).sum()
     mean = nn.functional.cross_entropy(logits.float(), topics)
     return mean, len(topics), {"accuracy": (right, len(topics))}
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """The mean, and its standard error (0 of a single value, which shows none)."""
-    mean = sum(values) / len(values)
-    spread = sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1)
-    return mean, math.sqrt(spread / len(values))
 
 
 def train_all(

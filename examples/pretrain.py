@@ -19,6 +19,7 @@ import argparse
 from collections.abc import Sequence
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -354,6 +355,15 @@ class Pretrained(NamedTuple):
     def config(self, args: argparse.Namespace, attention: str) -> TransformerConfig:
         """The configuration of the pre-trained encoder, with the dropout of `args`."""
         return bert_config(self.size(args), self.tokenizer.vocab_size, attention)
+
+
+def arguments_after(description: str, **defaults: Any) -> argparse.ArgumentParser:
+    """The arguments of a script that starts from what this one left; its model has that size."""
+    parser = arguments(description, data_help=PASSAGES_HELP, **defaults)
+    add = parser.add_argument
+    add("--pretrained", type=Path, default=Path("runs/bert"), help="--out of pretrain.py")
+    parser.set_defaults(d_model=None, layers=None, heads=None)
+    return parser
 
 
 def pretrained(args: argparse.Namespace, console: Console) -> Pretrained:

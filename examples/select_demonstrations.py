@@ -35,7 +35,6 @@ from torch import Tensor, nn
 try:
     import pretrain
     from data import (
-        PASSAGES_HELP,
         DataError,
         Passage,
         fingerprint,
@@ -46,11 +45,11 @@ try:
     from rich.console import Console
     from rich.table import Table
     from training import (
-        arguments,
         build_runs,
         compare,
         computing,
         fit,
+        mean_and_error,
         plot_losses,
         plotting,
         positive,
@@ -69,14 +68,11 @@ PICKS = ("none", "random", "similar", "diverse")
 
 def parser() -> argparse.ArgumentParser:
     defaults = {"out": "runs/demonstrations", "steps": 1200, "batch": 8, "lr": 2e-3}
-    parser = arguments(__doc__, data_help=PASSAGES_HELP, **defaults)
+    parser = pretrain.arguments_after(__doc__, **defaults)
     add = parser.add_argument
-    add("--pretrained", type=Path, default=Path("runs/bert"), help="--out of pretrain.py")
     add("--shots", type=positive, default=4, help="demonstrations in a prompt [4]")
     add("--text", type=positive, default=24, help="tokens of a text, at most [24]")
     add("--queries", type=positive, default=500, help="held-out texts to ask about [500]")
-    # the size of the models is that of the pre-trained one
-    parser.set_defaults(d_model=None, layers=None, heads=None)
     parser.set_defaults(quick_defaults={"attention": "both", "steps": 60, "queries": 100})
     return parser
 
@@ -276,11 +272,6 @@ def ask(
     return torch.tensor(right, dtype=torch.float64), torch.tensor(likelihood, dtype=torch.float64)
 
 
-def mean_and_error(values: Tensor) -> tuple[float, float]:
-    """The mean over queries and its standard error."""
-    return values.mean().item(), (values.std() / math.sqrt(len(values))).item()
-
-
 def compare_picks(
     args: argparse.Namespace,
     model: nn.Module,
@@ -302,7 +293,10 @@ def compare_picks(
         shown = [[pool[i] for i in pick(how, q, places, args.shots, generator)] for q in sought]
         prompts = [[*s, query] for s, query in zip(shown, queries, strict=True)]
         right, likelihood = answers[how] = ask(args, model, prompts)
-        figures = {"accuracy": mean_and_error(right), "log_probability": mean_and_error(likelihood)}
+        figures = {
+            "accuracy": mean_and_error(right.tolist()),
+            "log_probability": mean_and_error(likelihood.tolist()),
+        }
         pairs = list(zip(shown, queries, strict=True))
         figures["answer_shown"] = sum(q.topic in {e.topic for e in s} for s, q in pairs) / len(
             pairs
@@ -311,7 +305,8 @@ def compare_picks(
             figures["copy_last"] = sum(s[-1].topic == q.topic for s, q in pairs) / len(pairs)
         found[how] = figures
     for how in PICKS:  # of the same queries, so that their differences count, not their levels
-        differences = [a - b for a, b in zip(answers[how], answers["random"], strict=True)]
+        pairs = zip(answers[how], answers["random"], strict=True)
+        differences = [(ours - theirs).tolist() for ours, theirs in pairs]
         found[how]["accuracy_over_random"] = mean_and_error(differences[0])
         found[how]["log_probability_over_random"] = mean_and_error(differences[1])
     return found

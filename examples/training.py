@@ -404,6 +404,13 @@ def compare(runs: list[Run]) -> dict[str, Any]:
     return metrics
 
 
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """The mean, and its standard error (0 of a single value, which shows none)."""
+    mean = sum(values) / len(values)
+    spread = sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1)
+    return mean, math.sqrt(spread / len(values))
+
+
 def show_comparison(console: Console, metrics: dict[str, Any]) -> None:
     if "step_time_ratio" in metrics:
         console.print(

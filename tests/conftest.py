@@ -98,3 +98,21 @@ def pytest_runtest_call(item):
         if EMULATED and re.search(r"serves (float32|attention|head dims).*got", str(error)):
             pytest.skip(str(error))
         raise
+
+
+@pytest.fixture(scope="session")
+def topic_texts(tmp_path_factory):
+    """A folder of topics for BERT's examples (see bert_texts.py)."""
+    import bert_texts
+
+    return bert_texts.write_texts(tmp_path_factory.mktemp("texts") / "topics")
+
+
+@pytest.fixture(scope="session")
+def pretrained(topic_texts, tmp_path_factory):
+    """What pretrain.py leaves of them, for the examples that start from it."""
+    import bert_texts
+
+    out = tmp_path_factory.mktemp("pretrained")
+    bert_texts.pretrain_tiny(topic_texts, out, "--steps=150")
+    return out

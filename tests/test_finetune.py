@@ -12,25 +12,13 @@ pytest.importorskip("matplotlib", reason="the examples need fastattn[examples]")
 import data
 import finetune
 import training
-from bert_texts import TINY, pretrain_tiny, write_texts
+from bert_texts import TINY
 
 FEW = ["--labels=2", "--steps=20", "--batch=8", "--lr=3e-3"]
 
 
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    return write_texts(tmp_path_factory.mktemp("texts") / "topics")
-
-
-@pytest.fixture(scope="module")
-def before(texts, tmp_path_factory):
-    out = tmp_path_factory.mktemp("before")
-    pretrain_tiny(texts, out, "--steps=150")
-    return out
-
-
-def arguments(texts, before, out, *extra):
-    return ["--data", texts, "--pretrained", before, "--out", out, *FEW, *extra]
+def arguments(topic_texts, pretrained, out, *extra):
+    return ["--data", topic_texts, "--pretrained", pretrained, "--out", out, *FEW, *extra]
 
 
 def run(*args):
@@ -41,8 +29,10 @@ def accuracies(metrics):
     return {start: figures["accuracy"] for start, figures in metrics["starts"].items()}
 
 
-def test_what_was_learned_before_helps_and_fused_and_naive_train_alike(texts, before, tmp_path):
-    metrics = run(texts, before, tmp_path, "--attention=both", "--seeds=2")
+def test_what_was_learned_before_helps_and_fused_and_naive_train_alike(
+    topic_texts, pretrained, tmp_path
+):
+    metrics = run(topic_texts, pretrained, tmp_path, "--attention=both", "--seeds=2")
     assert metrics["topics"] == 4 and metrics["chance"] < 0.4
     found = accuracies(metrics)
     assert metrics["transfer"] == pytest.approx(found["pre-trained"] - found["from scratch"])
@@ -56,8 +46,8 @@ def test_what_was_learned_before_helps_and_fused_and_naive_train_alike(texts, be
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_both_starts_differ_in_the_encoder_alone(texts, before):
-    args = training.parse(finetune.parser(), ["--pretrained", str(before)])
+def test_both_starts_differ_in_the_encoder_alone(topic_texts, pretrained):
+    args = training.parse(finetune.parser(), ["--pretrained", str(pretrained)])
     pretrained = finetune.pretrain.pretrained(args, None)
     models = {}
     for start in finetune.STARTS:
@@ -70,16 +60,16 @@ def test_both_starts_differ_in_the_encoder_alone(texts, before):
     assert not torch.equal(warm.encoder.embedding.token.weight, cold.encoder.embedding.token.weight)
 
 
-def test_a_killed_run_resumes_to_the_same_accuracies(texts, before, tmp_path):
+def test_a_killed_run_resumes_to_the_same_accuracies(topic_texts, pretrained, tmp_path):
     options = ["--seeds=1", "--dropout=0.1", "--save-every=3"]
-    whole = run(texts, before, tmp_path / "whole", *options)
+    whole = run(topic_texts, pretrained, tmp_path / "whole", *options)
     out = tmp_path / "killed"
     # in its second training: the first is finished by then
     kill_at_first_checkpoint(
-        "finetune.py", arguments(texts, before, out, *options), out / "from-scratch-0.pt"
+        "finetune.py", arguments(topic_texts, pretrained, out, *options), out / "from-scratch-0.pt"
     )
     assert not (out / "metrics.json").exists()
-    resumed = run(texts, before, out, *options, "--resume")
+    resumed = run(topic_texts, pretrained, out, *options, "--resume")
     assert 20 < resumed["resumed_at"] < 40
     assert resumed["starts"] == {
         start: {
@@ -100,7 +90,7 @@ def timing(metrics, start):
 
 
 def test_without_pretrained_weights_the_pretraining_runs_first(
-    texts, tmp_path, monkeypatch, capsys
+    topic_texts, tmp_path, monkeypatch, capsys
 ):
     called = []
     real = finetune.pretrain.main
@@ -110,15 +100,15 @@ def test_without_pretrained_weights_the_pretraining_runs_first(
         return real([*argv, *TINY, "--steps=2", "--batch=8"])
 
     monkeypatch.setattr(finetune.pretrain, "main", small)
-    run(texts, tmp_path / "new", tmp_path / "out", "--seeds=1", "--steps=1")
-    expected = ["--out", str(tmp_path / "new"), "--device", "cpu", "--data", str(texts)]
+    run(topic_texts, tmp_path / "new", tmp_path / "out", "--seeds=1", "--steps=1")
+    expected = ["--out", str(tmp_path / "new"), "--device", "cpu", "--data", str(topic_texts)]
     assert called == [expected]
     assert "pre-training first" in capsys.readouterr().out
 
 
-def test_errors(texts, before, tmp_path, capsys):
+def test_errors(topic_texts, pretrained, tmp_path, capsys):
     def said(*arguments):
-        common = ("--data", texts, "--pretrained", before, "--out", tmp_path / "out")
+        common = ("--data", topic_texts, "--pretrained", pretrained, "--out", tmp_path / "out")
         return error_of(capsys, finetune.main, *common, *arguments)
 
     assert "--d-model: the size is the pre-trained model's" in said("--d-model", 64)
@@ -126,12 +116,12 @@ def test_errors(texts, before, tmp_path, capsys):
     assert "no such file or folder" in said("--data", tmp_path / "missing")
     (tmp_path / "checkpoint.pt").write_bytes(b"something else")
     assert "is not a checkpoint" in said("--pretrained", tmp_path)
-    state = torch.load(before / "checkpoint.pt", weights_only=True)
+    state = torch.load(pretrained / "checkpoint.pt", weights_only=True)
     torch.save({**state, "step": 10}, tmp_path / "checkpoint.pt")
     assert "is no finished pre-training" in said("--pretrained", tmp_path)
     torch.save(state, tmp_path / "checkpoint.pt")
     assert "there is no" in said("--pretrained", tmp_path)  # tokenizer.json
-    run(texts, before, tmp_path / "out", "--seeds=1", "--steps=1")
+    run(topic_texts, pretrained, tmp_path / "out", "--seeds=1", "--steps=1")
     assert "steps: 1 then, 2 now" in said(*FEW, "--seeds", 1, "--steps", 2, "--resume")
 
 

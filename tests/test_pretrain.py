@@ -12,23 +12,18 @@ pytest.importorskip("tokenizers", reason="the examples need fastattn[examples]")
 pytest.importorskip("matplotlib", reason="the examples need fastattn[examples]")
 import data
 import pretrain
-from bert_texts import TINY, pretrain_tiny, write_texts
+from bert_texts import TINY, pretrain_tiny
 
 from fastattn.models.transformer import IGNORE
 
 VOCAB = 330
 
 
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    return write_texts(tmp_path_factory.mktemp("texts") / "topics")
-
-
 # ---- the script
 
 
-def test_both_tasks_are_learned_and_fused_and_naive_train_alike(texts, tmp_path):
-    metrics = pretrain_tiny(texts, tmp_path, "--attention=both")
+def test_both_tasks_are_learned_and_fused_and_naive_train_alike(topic_texts, tmp_path):
+    metrics = pretrain_tiny(topic_texts, tmp_path, "--attention=both")
     both = zip(losses(metrics), losses(metrics, "naive"), strict=True)
     differences = [abs(a - b) for a, b in both]
     assert len(differences) == 150
@@ -46,28 +41,28 @@ def test_both_tasks_are_learned_and_fused_and_naive_train_alike(texts, tmp_path)
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_killed_run_resumes_to_the_same_losses(texts, tmp_path):
+def test_a_killed_run_resumes_to_the_same_losses(topic_texts, tmp_path):
     options = ["--dropout=0.1", "--steps=30", "--save-every=3"]
-    whole = pretrain_tiny(texts, tmp_path / "whole", *options)
+    whole = pretrain_tiny(topic_texts, tmp_path / "whole", *options)
     out = tmp_path / "killed"
-    common = [*TINY, "--data", texts, "--out", out, "--batch=16", *options]
+    common = [*TINY, "--data", topic_texts, "--out", out, "--batch=16", *options]
     kill_at_first_checkpoint("pretrain.py", common, out / "checkpoint.pt")
     assert not (out / "metrics.json").exists()
-    resumed = pretrain_tiny(texts, out, *options, "--resume")
+    resumed = pretrain_tiny(topic_texts, out, *options, "--resume")
     assert 0 < resumed["resumed_at"] < 30
     assert losses(resumed) == losses(whole)
     assert resumed["runs"]["fused"]["scores"] == whole["runs"]["fused"]["scores"]
 
 
-def test_seeds_reproduce(texts, tmp_path):
+def test_seeds_reproduce(topic_texts, tmp_path):
     first, again, other = (
-        losses(pretrain_tiny(texts, tmp_path / str(i), "--steps=5", f"--seed={seed}"))
+        losses(pretrain_tiny(topic_texts, tmp_path / str(i), "--steps=5", f"--seed={seed}"))
         for i, seed in enumerate((0, 0, 1))
     )
     assert first == again != other
 
 
-def test_bad_data(texts, tmp_path, capsys):
+def test_bad_data(topic_texts, tmp_path, capsys):
     def said(*arguments):
         return error_of(capsys, pretrain.main, "--out", tmp_path, *arguments)
 
@@ -80,8 +75,8 @@ def test_bad_data(texts, tmp_path, capsys):
     empty.write_text("One passage. Of two sentences.")
     assert "has 1 passages" in said("--data", empty)
     assert "fewer than two passages of two sentences" in said("--data", one_sentence)
-    assert "no room for a pair of texts" in said("--data", texts, "--context", 4)
-    assert "multiple of n_heads" in said("--data", texts, "--heads", 5)
+    assert "no room for a pair of texts" in said("--data", topic_texts, "--context", 4)
+    assert "multiple of n_heads" in said("--data", topic_texts, "--heads", 5)
 
 
 # ---- the puzzle

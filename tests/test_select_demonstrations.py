@@ -13,35 +13,22 @@ pytest.importorskip("matplotlib", reason="the examples need fastattn[examples]")
 import pretrain
 import select_demonstrations as script
 import training
-from bert_texts import pretrain_tiny, write_texts
 
 from fastattn.models.transformer import IGNORE
 
 SMALL = ["--shots=2", "--text=20", "--steps=40", "--batch=8", "--lr=5e-3", "--queries=40"]
 
 
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    return write_texts(tmp_path_factory.mktemp("texts") / "topics")
-
-
-@pytest.fixture(scope="module")
-def before(texts, tmp_path_factory):
-    out = tmp_path_factory.mktemp("before")
-    pretrain_tiny(texts, out, "--steps=150")
-    return out
-
-
-def arguments(texts, before, out, *extra):
-    return ["--data", texts, "--pretrained", before, "--out", out, *SMALL, *extra]
+def arguments(topic_texts, pretrained, out, *extra):
+    return ["--data", topic_texts, "--pretrained", pretrained, "--out", out, *SMALL, *extra]
 
 
 def run(*args):
     return script.main([str(a) for a in arguments(*args)])
 
 
-def test_the_task_is_learned_and_picks_are_told_apart(texts, before, tmp_path):
-    metrics = run(texts, before, tmp_path, "--attention=both", "--steps=120")
+def test_the_task_is_learned_and_picks_are_told_apart(topic_texts, pretrained, tmp_path):
+    metrics = run(topic_texts, pretrained, tmp_path, "--attention=both", "--steps=120")
     both = zip(losses(metrics), losses(metrics, "naive"), strict=True)
     assert max([abs(a - b) for a, b in both][:30]) < 5e-6
     assert losses(metrics)[0] > losses(metrics)[-1] + 1.0
@@ -64,25 +51,25 @@ def test_the_task_is_learned_and_picks_are_told_apart(texts, before, tmp_path):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_killed_run_resumes_to_the_same_figures(texts, before, tmp_path):
+def test_a_killed_run_resumes_to_the_same_figures(topic_texts, pretrained, tmp_path):
     options = ["--dropout=0.1", "--save-every=3"]
-    whole = run(texts, before, tmp_path / "whole", *options)
+    whole = run(topic_texts, pretrained, tmp_path / "whole", *options)
     out = tmp_path / "killed"
     kill_at_first_checkpoint(
         "select_demonstrations.py",
-        arguments(texts, before, out, *options),
+        arguments(topic_texts, pretrained, out, *options),
         out / "checkpoint.pt",
     )
     assert not (out / "metrics.json").exists()
-    resumed = run(texts, before, out, *options, "--resume")
+    resumed = run(topic_texts, pretrained, out, *options, "--resume")
     assert 0 < resumed["resumed_at"] < 40
     assert losses(resumed) == losses(whole)
     assert resumed["picks"] == whole["picks"]
 
 
-def test_errors(texts, before, tmp_path, capsys):
+def test_errors(topic_texts, pretrained, tmp_path, capsys):
     def said(*arguments):
-        common = ("--data", texts, "--pretrained", before, "--out", tmp_path / "out")
+        common = ("--data", topic_texts, "--pretrained", pretrained, "--out", tmp_path / "out")
         return error_of(capsys, script.main, *common, *arguments)
 
     assert "--heads: the size is the pre-trained model's" in said("--heads", 2)
@@ -127,8 +114,8 @@ def test_lessons_hold_no_example_twice_and_few_topics():
     assert len(few.prompt(generator)) == 3
 
 
-def test_asking_scores_the_answer_and_agrees_with_generation(texts, before, tmp_path):
-    args = training.parse(script.parser(), ["--pretrained", str(before)])
+def test_asking_scores_the_answer_and_agrees_with_generation(topic_texts, pretrained, tmp_path):
+    args = training.parse(script.parser(), ["--pretrained", str(pretrained)])
     pretrained = pretrain.pretrained(args, None)
     torch.manual_seed(0)
     model = script.language_model(args, pretrained, 64, "fused").eval()
@@ -185,8 +172,8 @@ def test_maximal_marginal_relevance():
         assert found == chosen[::-1]
 
 
-def test_embeddings_do_not_depend_on_the_batch(before):
-    args = training.parse(script.parser(), ["--pretrained", str(before)])
+def test_embeddings_do_not_depend_on_the_batch(pretrained):
+    args = training.parse(script.parser(), ["--pretrained", str(pretrained)])
     pretrained = pretrain.pretrained(args, None)
     model = pretrain.MaskedLanguageModel(pretrained.config(args, "fused"))
     model.load_state_dict(pretrained.weights)
