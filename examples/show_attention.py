@@ -97,8 +97,8 @@ def work(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     labels = [
         tokenizer.decode(one).replace("\n", "\\n").replace("$", r"\$") for one in ids[:, None]
     ]
-    seen = watch(model, ids[None])
-    weights = torch.stack([w[0] for w in seen.weights])
+    seen = watch(model.to(args.device), ids[None].to(args.device))
+    weights = torch.stack([w[0] for w in seen.weights]).cpu()
     draw(args.out / "attention.png", weights, labels, f"{args.text!r}, {source}")
     save_json(args.out / "attention.json", {"tokens": labels, "weights": weights.tolist()})
     console.print(f"model: {source}; tokens: {labels}")

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_models import TOLERANCE, VOCAB, build, config, right_padding, tokens
+from small_transformers import TOLERANCE, VOCAB, build, config, right_padding, tokens
 
 from fastattn.models import Encoder, MaskedLanguageModel, SequenceClassifier, mean_pool
 from fastattn.models.transformer import IGNORE, KERNELS
