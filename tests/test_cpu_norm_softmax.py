@@ -294,7 +294,9 @@ def test_softmax_of_any_width(width, dtype, log):
 @pytest.mark.parametrize("log", [False, True], ids=["softmax", "log"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_softmax_of_huge_rows(dtype, log):
-    x, dy = random(2, 300_001, dtype=dtype, scale=5), random(2, 300_001, dtype=dtype, seed=1)
+    # A row's worst error is the one of its maximum's gradient, where the terms cancel: eight rows, so
+    # that it is not PyTorch's luck in one that decides.
+    x, dy = random(8, 300_001, dtype=dtype, scale=5), random(8, 300_001, dtype=dtype, seed=1)
     x[:, 150_000] += 30  # the last maximum comes late
     check_softmax(softmax_call(x, log=log), dy)
     check_softmax(softmax_call(x.t().contiguous(), 0, log=log), dy.t())
