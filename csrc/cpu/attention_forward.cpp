@@ -80,7 +80,7 @@ class ForwardTile {
     const int width = int(round_up(end - begin, Vec<A>::kWidth));
     const ptrdiff_t k_stride = ptrdiff_t(d_elems_) * kWide;
     mod.prefetch(i + r0, rows, j + begin, end - begin);
-    tile_product<Into::kStore, Compute>({q_ + ptrdiff_t(r0) * d_elems_, d_elems_, 1},
+    tile_matmul<Into::kStore, Compute>({q_ + ptrdiff_t(r0) * d_elems_, d_elems_, 1},
                                         {k_ + begin / kWide * k_stride, k_stride}, scores_,
                                         kKeyBlock, rows, width, d_elems_);
     const QueriesOfHead<A> query{mod, i + r0};
@@ -95,7 +95,7 @@ class ForwardTile {
         for (int c = 0; c < v_cols_; ++c) out[r * v_cols_ + c] *= softmax_.factors(r0)[r];
       tile_matmul_sparse(left, right, out, v_cols_, rows, v_cols_, depth);
     } else {
-      tile_product<Into::kRescale>(left, right, out, v_cols_, rows, v_cols_, depth,
+      tile_matmul<Into::kRescale>(left, right, out, v_cols_, rows, v_cols_, depth,
                                    softmax_.factors(r0));
     }
   }

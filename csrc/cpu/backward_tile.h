@@ -14,7 +14,7 @@ namespace {
 // Tile sizes: multiples of the register tile's rows, keys of the panel too.
 constexpr int kQueryBlock = 8 * kTileRows;
 template <typename A>
-constexpr int kKeyBlock = kTileRows == 6 && kPanel<A> == 16 ? 96 : 2 * kPanel<A>;
+constexpr int kKeyBlock = kTileRows == 6 && kPanel<A> == 16 ? 96 : 4 * Vec<A>::kWidth;
 
 // The gradients of few queries have few terms for roundings to average out in, and are cheap: their
 // scores are made again as decode made them, so that their p add up to 1.
@@ -139,7 +139,7 @@ class BackwardTile {
   void product(Left<Compute> a, Panels<Compute> b, A* c, int rows, int elems) const {
     if constexpr (kDepth == 1)
       if (few_queries(p_)) return tile_product_by_lanes(a, b, c, kKeys, rows, n_, elems);
-    tile_product<Into::kStore>(a, b, c, kKeys, rows, n_, elems);
+    tile_matmul<Into::kStore>(a, b, c, kKeys, rows, n_, elems);
   }
 
   // scores_ = q . k^T

@@ -53,16 +53,29 @@ struct ComputeOf<bf16> {
 };
 #endif
 
-// Register tile: kRows x kPanel accumulators beside one broadcast and kPanel / width vectors of B.
-#if defined(FASTATTN_X86_VECTORS) && !defined(__AVX512F__)
+// Register tile: kTileRows x kPanel sums. Where there are registers for it (AVX-512), a tile is one
+// vector wide, each step broadcasts from memory on its way into the multiply-add, and the tile's
+// totals stay in registers beside the sums of the run at hand; elsewhere totals wait in C.
+#if defined(__AVX512F__)
+constexpr int kTileRows = 8, kPanelVectors = 1;
+constexpr bool kTotalsInRegisters = true;
+#else
+#if defined(FASTATTN_X86_VECTORS)
 constexpr int kTileRows = 6;
-#elif defined(__AVX512F__) || defined(__aarch64__)
+#elif defined(__aarch64__)
 constexpr int kTileRows = 8;
 #else
 constexpr int kTileRows = 4;
 #endif
+constexpr int kPanelVectors = 2;
+constexpr bool kTotalsInRegisters = false;
+#endif
 template <typename A>
-constexpr int kPanel = 2 * Vec<A>::kWidth;
+constexpr int kPanel = kPanelVectors * Vec<A>::kWidth;
+
+// Elements along K that are summed in one go; a longer product is summed by runs, which rounds
+// less than one long chain of additions does.
+constexpr int kSumRun = kTileRows == 8 ? 16 : 32;
 
 FASTATTN_INLINE constexpr int64_t round_up(int64_t n, int64_t unit) {
   return (n + unit - 1) / unit * unit;
@@ -81,58 +94,6 @@ FASTATTN_INLINE void tile_matmul_write(A* c, Vec<A> sum, const A* factor) {
   store(c, sum);
 }
 
-// kVectors, 2 or 1: how much of the panel is computed. Accumulators are scalar variables: gcc keeps
-// small arrays in loops on the stack.
-template <class Compute, int kVectors, int kRows, Into kInto>
-FASTATTN_INLINE void tile_matmul_step(const typename Compute::Elem* a, ptrdiff_t a_row,
-                                      ptrdiff_t a_k, const typename Compute::Elem* b,
-                                      typename Compute::Acc* c, ptrdiff_t c_row, int k_elems,
-                                      const typename Compute::Acc* factor) {
-  using A = typename Compute::Acc;
-  using V = Vec<A>;
-  constexpr int w = V::kWidth;
-#define FASTATTN_ROWS(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
-#define FASTATTN_ZERO(r) V c##r##0 = zero<A>(), c##r##1 = zero<A>();
-#define FASTATTN_STEP(r)                                                 \
-  if constexpr (kRows > r) {                                             \
-    const auto x = Compute::broadcast(a + r * a_row);                    \
-    c##r##0 = Compute::step(x, b0, c##r##0);                             \
-    if constexpr (kVectors > 1) c##r##1 = Compute::step(x, b1, c##r##1); \
-  }
-#define FASTATTN_WRITE(r)                                                                         \
-  if constexpr (kRows > r) {                                                                      \
-    tile_matmul_write<kInto>(c + r * c_row, c##r##0, factor + r);                                 \
-    if constexpr (kVectors > 1) tile_matmul_write<kInto>(c + r * c_row + w, c##r##1, factor + r); \
-  }
-  FASTATTN_ROWS(FASTATTN_ZERO)
-  for (int k = 0; k < k_elems; ++k) {
-    const auto b0 = Compute::load_b(b), b1 = kVectors > 1 ? Compute::load_b(b + w) : b0;
-    FASTATTN_ROWS(FASTATTN_STEP)
-    a += a_k;
-    b += 2 * w;
-  }
-  FASTATTN_ROWS(FASTATTN_WRITE)
-#undef FASTATTN_ROWS
-#undef FASTATTN_ZERO
-#undef FASTATTN_STEP
-#undef FASTATTN_WRITE
-}
-
-template <class Compute, int kVectors, int kRows, Into kInto>
-FASTATTN_INLINE void tile_matmul_rest(int rows, const typename Compute::Elem* a, ptrdiff_t a_row,
-                                      ptrdiff_t a_k, const typename Compute::Elem* b,
-                                      typename Compute::Acc* c, ptrdiff_t c_row, int k_elems,
-                                      const typename Compute::Acc* factor) {
-  if constexpr (kRows > 0) {
-    if (rows == kRows)
-      tile_matmul_step<Compute, kVectors, kRows, kInto>(a, a_row, a_k, b, c, c_row, k_elems,
-                                                        factor);
-    else
-      tile_matmul_rest<Compute, kVectors, kRows - 1, kInto>(rows, a, a_row, a_k, b, c, c_row,
-                                                            k_elems, factor);
-  }
-}
-
 // A left operand: element (m, k) at data[m * row + k * depth].
 template <class Compute>
 struct Left {
@@ -146,16 +107,76 @@ struct Panels {
   ptrdiff_t stride;
 };
 
+// kRows rows of C, kVectors vectors wide.
+template <class Compute, int kVectors, int kRows, Into kInto>
+FASTATTN_INLINE void tile_matmul_step(Left<Compute> a, const typename Compute::Elem* b,
+                                      typename Compute::Acc* c, ptrdiff_t c_row, int k_elems,
+                                      const typename Compute::Acc* factor) {
+  using A = typename Compute::Acc;
+  constexpr int w = Vec<A>::kWidth;
+  Vec<A> sum[kRows * kVectors], total[kRows * kVectors];
+  const auto each = [](auto&& f) FASTATTN_INLINE_LAMBDA {
+    unroll<kRows>([&](auto r) FASTATTN_INLINE_LAMBDA {
+      unroll<kVectors>([&](auto v) FASTATTN_INLINE_LAMBDA { f(r, v, r * kVectors + v); });
+    });
+  };
+  if constexpr (kTotalsInRegisters) each([&](auto, auto, int i) { total[i] = zero<A>(); });
+  int done = 0;
+  do {
+    const int run = std::min(k_elems - done, kSumRun);
+    each([&](auto, auto, int i) FASTATTN_INLINE_LAMBDA { sum[i] = zero<A>(); });
+    for (int k = 0; k < run; ++k) {
+      typename Compute::Operand columns[kVectors];
+      unroll<kVectors>([&](auto v)
+                           FASTATTN_INLINE_LAMBDA { columns[v] = Compute::load_b(b + v * w); });
+      unroll<kRows>([&](auto r) FASTATTN_INLINE_LAMBDA {
+        const auto x = Compute::broadcast(a.data + r * a.row);
+        unroll<kVectors>([&](auto v) FASTATTN_INLINE_LAMBDA {
+          sum[r * kVectors + v] = Compute::step(x, columns[v], sum[r * kVectors + v]);
+        });
+      });
+      a.data += a.depth;
+      b += kPanel<A>;
+    }
+    each([&](auto r, auto v, int i) FASTATTN_INLINE_LAMBDA {
+      if constexpr (kTotalsInRegisters)
+        total[i] = total[i] + sum[i];
+      else if (done == 0)
+        tile_matmul_write<kInto>(c + r * c_row + v * w, sum[i], factor + r);
+      else
+        tile_matmul_write<Into::kAdd>(c + r * c_row + v * w, sum[i], factor);
+    });
+    done += run;
+  } while (done < k_elems);
+  if constexpr (kTotalsInRegisters)
+    each([&](auto r, auto v, int i) FASTATTN_INLINE_LAMBDA {
+      tile_matmul_write<kInto>(c + r * c_row + v * w, total[i], factor + r);
+    });
+}
+
+template <class Compute, int kVectors, int kRows, Into kInto>
+FASTATTN_INLINE void tile_matmul_rest(int rows, Left<Compute> a, const typename Compute::Elem* b,
+                                      typename Compute::Acc* c, ptrdiff_t c_row, int k_elems,
+                                      const typename Compute::Acc* factor) {
+  if constexpr (kRows > 0) {
+    if (rows == kRows)
+      tile_matmul_step<Compute, kVectors, kRows, kInto>(a, b, c, c_row, k_elems, factor);
+    else
+      tile_matmul_rest<Compute, kVectors, kRows - 1, kInto>(rows, a, b, c, c_row, k_elems, factor);
+  }
+}
+
 template <class Compute, int kVectors, Into kInto>
 FASTATTN_INLINE void tile_matmul_panel(Left<Compute> a, const typename Compute::Elem* b,
                                        typename Compute::Acc* c, ptrdiff_t c_row, int rows,
                                        int k_elems, const typename Compute::Acc* factor) {
-  int r = 0;
-  for (; r + kTileRows <= rows; r += kTileRows)
-    tile_matmul_step<Compute, kVectors, kTileRows, kInto>(
-        a.data + r * a.row, a.row, a.depth, b, c + r * c_row, c_row, k_elems, factor + r);
-  tile_matmul_rest<Compute, kVectors, kTileRows - 1, kInto>(
-      rows - r, a.data + r * a.row, a.row, a.depth, b, c + r * c_row, c_row, k_elems, factor + r);
+  for (; rows >= kTileRows; rows -= kTileRows) {
+    tile_matmul_step<Compute, kVectors, kTileRows, kInto>(a, b, c, c_row, k_elems, factor);
+    a.data += kTileRows * a.row;
+    c += kTileRows * c_row;
+    factor += kTileRows;
+  }
+  tile_matmul_rest<Compute, kVectors, kTileRows - 1, kInto>(rows, a, b, c, c_row, k_elems, factor);
 }
 
 // C has `rows` rows and `cols` columns, which are filled up to a whole vector; factor is read for
@@ -164,10 +185,11 @@ template <Into kInto, class Compute>
 FASTATTN_NOINLINE void tile_matmul(Left<Compute> a, Panels<Compute> b, typename Compute::Acc* c,
                                    ptrdiff_t c_row, int rows, int cols, int k_elems,
                                    const typename Compute::Acc* factor = nullptr) {
-  constexpr int width = kPanel<typename Compute::Acc>;
-  for (; cols > width / 2; cols -= width, b.data += b.stride, c += width)
-    tile_matmul_panel<Compute, 2, kInto>(a, b.data, c, c_row, rows, k_elems, factor);
-  if (cols > 0) tile_matmul_panel<Compute, 1, kInto>(a, b.data, c, c_row, rows, k_elems, factor);
+  constexpr int width = kPanel<typename Compute::Acc>, narrow = width - width / kPanelVectors;
+  for (; cols > narrow; cols -= width, b.data += b.stride, c += width)
+    tile_matmul_panel<Compute, kPanelVectors, kInto>(a, b.data, c, c_row, rows, k_elems, factor);
+  if constexpr (kPanelVectors > 1)
+    if (cols > 0) tile_matmul_panel<Compute, 1, kInto>(a, b.data, c, c_row, rows, k_elems, factor);
 }
 
 // One of the values of an element.
@@ -180,24 +202,7 @@ inline typename Compute::Acc elem_value(const typename Compute::Elem* e, int par
   }
 }
 
-// Elements along K that are summed in one go; a longer product is summed by parts, which rounds
-// less than one long chain of additions does.
-constexpr int kSumRun = kTileRows == 8 ? 16 : 32;
-
-// As tile_matmul, summed by parts.
-template <Into kInto, class Compute>
-inline void tile_product(Left<Compute> a, Panels<Compute> b, typename Compute::Acc* c,
-                         ptrdiff_t c_row, int rows, int cols, int k_elems,
-                         const typename Compute::Acc* factor = nullptr) {
-  tile_matmul<kInto>(a, b, c, c_row, rows, cols, std::min(k_elems, kSumRun), factor);
-  for (int k = kSumRun; k < k_elems; k += kSumRun) {
-    a.data += kSumRun * a.depth;
-    b.data += kSumRun * kPanel<typename Compute::Acc>;
-    tile_matmul<Into::kAdd>(a, b, c, c_row, rows, cols, std::min(k_elems - k, kSumRun));
-  }
-}
-
-// The same summed as decode sums along head_dim, bit for bit: lane l takes the elements l, l + w,
+// A . B summed as decode sums along head_dim, bit for bit: lane l takes the elements l, l + w,
 // ..., and then the lanes are added as a tree.
 template <typename A>
 FASTATTN_NOINLINE void tile_product_by_lanes(Left<Fma<A>> a, Panels<Fma<A>> b, A* c,
@@ -317,8 +322,7 @@ FASTATTN_NOINLINE void pack_panels(typename Compute::Elem* dst, ptrdiff_t panel_
       const T* p = s.at(k, n0);
       if constexpr (Compute::kDepth == 1) {
         if (n == width && s.col == 1) {
-          store(d, load(p));
-          store(d + w, load(p + w));
+          for (int c = 0; c < width; c += w) store(d + c, load(p + c));
         } else {
           for (int c = 0; c < width; ++c) d[c] = c < n ? to_acc(p[c * s.col]) : A(0);
         }
