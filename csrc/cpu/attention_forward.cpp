@@ -14,9 +14,10 @@
 namespace fastattn {
 namespace {
 
-constexpr int kKeyBlock = 128;               // keys packed at a time
-constexpr int kSubRows = 4 * kTileRows;      // queries whose scores stay in L1
-constexpr int kMaxQueryTile = 8 * kSubRows;  // queries that share one packing of keys and values
+constexpr int kKeyBlock = 256;                // keys packed at a time
+constexpr int kSubRows = 2 * kTileRows;       // queries whose scores stay in L1
+constexpr int kMaxQueryTile = 64 * kSubRows;  // queries that share one packing of keys and values,
+constexpr size_t kQueryTileBytes = 1 << 19;   // as long as they and their outputs fit in L2
 
 template <typename T>
 class ForwardTile {
@@ -28,24 +29,26 @@ class ForwardTile {
   static constexpr int kWide = kPanel<A>;
 
  public:
-  ForwardTile(const AttentionParams& p, Scratch& scratch)
+  // For at most max_rows queries.
+  ForwardTile(const AttentionParams& p, int64_t max_rows, Scratch& scratch)
       : p_(p),
         d_elems_(int(round_up(p.shape.head_dim, kDepth) / kDepth)),
         v_cols_(int(round_up(p.shape.v_dim, kWide))),
-        q_(scratch.take<Elem>(size_t(kMaxQueryTile) * d_elems_)),
+        q_(scratch.take<Elem>(size_t(max_rows) * d_elems_)),
         k_(scratch.take<Elem>(size_t(kKeyBlock) * d_elems_)),
         v_(scratch.take<Elem>(size_t(kKeyBlock / kDepth) * v_cols_)),
         scores_(scratch.take<A>(size_t(kSubRows) * kKeyBlock)),
         probs_(kDepth == 1 ? reinterpret_cast<Prob*>(scores_)
                            : scratch.take<Prob>(size_t(kSubRows) * kKeyBlock)),
-        out_(scratch.take<A>(size_t(kMaxQueryTile) * v_cols_)),
-        softmax_(p, scratch, kMaxQueryTile, kSubRows, kKeyBlock) {}
+        out_(scratch.take<A>(size_t(max_rows) * v_cols_)),
+        softmax_(p, scratch, int(max_rows), kSubRows, kKeyBlock) {}
 
   // Queries [i, i + rows) of head (b, h) against the keys in [keys.begin, keys.end).
   void run(int64_t b, int64_t h, int64_t i, int rows, KeyRange keys) {
     const int64_t kv = h / p_.shape.group();
     const Source<T> q{p_.q.at<const T>(b, h, i), p_.q.stride[2], p_.q.stride[3]};
-    pack_rows<Compute>(q_, d_elems_, q, rows, int(p_.shape.head_dim));
+    const Left<Compute> queries =
+        rows_of<Compute>(q_, d_elems_, q, rows, int(p_.shape.head_dim));
     std::fill_n(out_, size_t(rows) * v_cols_, A(0));
     softmax_.start(rows);
     const ScoreMod<A> mod(p_, b, h);
@@ -55,12 +58,13 @@ class ForwardTile {
       const Source<T> v{p_.v.at<const T>(b, kv, j), p_.v.stride[2], p_.v.stride[3]};
       pack_panels_transposed<Compute>(k_, ptrdiff_t(d_elems_) * kWide, k, n,
                                       int(p_.shape.head_dim));
-      pack_panels<Compute>(v_, kValueStride, v, n, int(p_.shape.v_dim));
+      const Panels<Compute> values =
+          panels_of<Compute>(v_, kValueStride, v, n, int(p_.shape.v_dim));
       const KeyRange full = p_.mask.all_keys(i, i + rows, p_.shape.k_len);
       const bool hides = p_.bias || j < full.begin || j + n > full.end;
       const bool spoils = hides && !all_finite(v, n, int(p_.shape.v_dim));
       for (int r = 0; r < rows; r += kSubRows)
-        block(mod, i, r, std::min(kSubRows, rows - r), j, n, spoils);
+        block(mod, i, r, std::min(kSubRows, rows - r), queries, j, n, values, spoils);
     }
   }
 
@@ -71,8 +75,9 @@ class ForwardTile {
  private:
   static constexpr ptrdiff_t kValueStride = ptrdiff_t(kKeyBlock / kDepth) * kWide;
 
-  // Rows [r0, r0 + rows) of the tile against the packed keys [j, j + n).
-  void block(const ScoreMod<A>& mod, int64_t i, int r0, int rows, int64_t j, int n, bool spoils) {
+  // Rows [r0, r0 + rows) of the tile against the packed keys [j, j + n) and their values.
+  void block(const ScoreMod<A>& mod, int64_t i, int r0, int rows, Left<Compute> queries, int64_t j,
+             int n, Panels<Compute> values, bool spoils) {
     const KeyRange seen = p_.mask.any_keys(i + r0, i + r0 + rows, p_.shape.k_len);
     const int begin = int(std::max<int64_t>(seen.begin - j, 0) / kWide * kWide);
     const int end = int(std::min<int64_t>(seen.end - j, n));
@@ -80,14 +85,15 @@ class ForwardTile {
     const int width = int(round_up(end - begin, Vec<A>::kWidth));
     const ptrdiff_t k_stride = ptrdiff_t(d_elems_) * kWide;
     mod.prefetch(i + r0, rows, j + begin, end - begin);
-    tile_matmul<Into::kStore, Compute>({q_ + ptrdiff_t(r0) * d_elems_, d_elems_, 1},
-                                        {k_ + begin / kWide * k_stride, k_stride}, scores_,
+    queries.data += r0 * queries.row;
+    tile_matmul<Into::kStore, Compute>(queries, {k_ + begin / kWide * k_stride, k_stride}, scores_,
                                         kKeyBlock, rows, width, d_elems_);
     const QueriesOfHead<A> query{mod, i + r0};
     softmax_.block(scores_, probs_, kKeyBlock, r0, rows, j + begin, end - begin, width, spoils,
                    query);
     const Left<Compute> left{reinterpret_cast<const Elem*>(probs_), kKeyBlock / kDepth, 1};
-    const Panels<Compute> right{v_ + begin / kDepth * kWide, kValueStride};
+    Panels<Compute> right = values;
+    right.data += begin / kDepth * values.depth;
     A* out = out_ + ptrdiff_t(r0) * v_cols_;
     const int depth = int(round_up(end - begin, kDepth) / kDepth);
     if (spoils) {
@@ -105,14 +111,16 @@ class ForwardTile {
   Elem *q_, *k_, *v_;
   A* scores_;    // (kSubRows, kKeyBlock)
   Prob* probs_;  // the same, or a copy in bf16
-  A* out_;       // (kMaxQueryTile, v_cols_)
+  A* out_;       // (max_rows, v_cols_)
   OnlineSoftmax<A, std::is_same_v<T, A>> softmax_;
 };
 
 template <typename T>
 void forward(const AttentionParams& p) {
   const AttentionShape& s = p.shape;
-  const ForwardPlan plan(p, kSubRows, kMaxQueryTile, kKeyBlock);
+  const size_t row_bytes = size_t(s.head_dim + s.v_dim) * sizeof(Acc<T>);
+  const int fitting = int(kQueryTileBytes / row_bytes / kSubRows) * kSubRows;
+  const ForwardPlan plan(p, kSubRows, std::clamp(fitting, kSubRows, kMaxQueryTile), kKeyBlock);
   ForwardResults<T> results(p, plan.splits);
   parallel_dynamic(plan.items(), plan.threads, [&](int64_t item, int) {
     const ForwardPlan::Item at = plan.item(item);
@@ -126,7 +134,7 @@ void forward(const AttentionParams& p) {
                       tile.out() + ptrdiff_t(r) * tile.out_stride(), tile.state().max(r),
                       tile.state().sum(r));
     } else {
-      ForwardTile<T> tile(p, scratch);
+      ForwardTile<T> tile(p, plan.tile_rows, scratch);
       tile.run(at.b, at.h, at.i, at.rows, at.keys);
       for (int r = 0; r < at.rows; ++r)
         results.put(at.split, at.b, at.h, at.i + r, tile.out() + ptrdiff_t(r) * tile.out_stride(),

@@ -51,7 +51,7 @@ struct ForwardPlan {
     tile_rows = (s.q_len + tiles - 1) / tiles;
     tiles = (s.q_len + tile_rows - 1) / tile_rows;
     splits = 1;
-    const int64_t items = heads * tiles, unit = decode ? kDecodeKeysPerSplit : 2 * key_block;
+    const int64_t items = heads * tiles, unit = decode ? kDecodeKeysPerSplit : key_block;
     if (threads > 1 && items % threads != 0 && items < wanted)
       splits = int(std::max<int64_t>(1, std::min((wanted + items - 1) / items, s.k_len / unit)));
   }

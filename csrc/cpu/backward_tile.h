@@ -14,7 +14,10 @@ namespace {
 // Tile sizes: multiples of the register tile's rows, keys of the panel too.
 constexpr int kQueryBlock = 8 * kTileRows;
 template <typename A>
-constexpr int kKeyBlock = kTileRows == 6 && kPanel<A> == 16 ? 96 : 4 * Vec<A>::kWidth;
+constexpr int kKeyBlock = (kTotalsInRegisters                       ? 8
+                           : kTileRows == 6 && Vec<A>::kWidth == 8 ? 12
+                                                                   : 4) *
+                          Vec<A>::kWidth;
 
 // The gradients of few queries have few terms for roundings to average out in, and are cheap: their
 // scores are made again as decode made them, so that their p add up to 1.
@@ -79,45 +82,47 @@ class BackwardTile {
   FASTATTN_NOINLINE void load_keys(int64_t b, int64_t kv, int64_t j, int n) {
     b_ = b;
     j_ = j;
-    n_ = n;
+    n_ = loaded_ = n;
     const Source<T> k{p_.k.at<const T>(b, kv, j), p_.k.stride[2], p_.k.stride[3]};
     const Source<T> v{p_.v.at<const T>(b, kv, j), p_.v.stride[2], p_.v.stride[3]};
     pack_panels_transposed<Compute>(k_transposed_, ptrdiff_t(d_elems_) * kWide, k, n, d_);
     pack_panels_transposed<Compute>(v_transposed_, ptrdiff_t(dv_elems_) * kWide, v, n, dv_);
-    if (wanted_.dq) pack_panels<Compute>(k_panels_, kByKey, k, n, d_);
+    if (wanted_.dq) keys_ = panels_of<Compute>(k_panels_, kByKey, k, n, d_);
     keys_finite_ = all_finite(k, n, d_);
   }
 
   // Makes the tiles of p and ds for queries [i, i + rows) of head h and the keys at hand.
   FASTATTN_NOINLINE void load_queries(int64_t h, int64_t i, int rows) {
+    // Keys after the last that any of them sees are left out; a row of dlogit has them all.
+    const KeyRange seen = p_.mask.any_keys(i, i + rows, p_.shape.k_len);
+    if (!wanted_.dlogit) n_ = int(std::min<int64_t>(loaded_, seen.end - j_));
     const Source<T> q = load_scores(h, i, rows);
     const Source<T> dout{g_.dout.at<const T>(b_, h, i), g_.dout.stride[2], g_.dout.stride[3]};
     const KeyRange full = p_.mask.all_keys(i, i + rows, p_.shape.k_len);
     const bool hides = p_.bias || j_ < full.begin || j_ + n_ > full.end;
     spoils_ = hides && !(keys_finite_ && all_finite(q, rows, d_) && all_finite(dout, rows, dv_));
     if (wanted_.ds()) {
-      pack_rows<Compute>(do_rows_, dv_elems_, dout, rows, dv_);
-      product({do_rows_, dv_elems_, 1}, {v_transposed_, ptrdiff_t(dv_elems_) * kWide}, dprobs_,
+      product(rows_of<Compute>(do_rows_, dv_elems_, dout, rows, dv_), {v_transposed_, ptrdiff_t(dv_elems_) * kWide}, dprobs_,
               rows, dv_elems_);
     }
-    if (wanted_.dk) pack_panels<Compute>(q_panels_, kByRow, q, rows, d_);
-    if (wanted_.dv) pack_panels<Compute>(do_panels_, kByRow, dout, rows, dv_);
+    if (wanted_.dk) queries_ = panels_of<Compute>(q_panels_, kByRow, q, rows, d_);
+    if (wanted_.dv) douts_ = panels_of<Compute>(do_panels_, kByRow, dout, rows, dv_);
     differentiate();
   }
 
   // dv (n, dv_cols) += drop(p)^T . do
   void add_dv(A* dv) const {
-    add(by_key(scores_, p_pairs_), {do_panels_, kByRow}, dv, dv_cols_, n_, rows_);
+    add(by_key(scores_, p_pairs_), douts_, dv, dv_cols_, n_, rows_);
   }
   // dk (n, d_cols) += ds^T . q
   void add_dk(A* dk) const {
-    add(by_key(dprobs_, ds_pairs_), {q_panels_, kByRow}, dk, d_cols_, n_, rows_);
+    add(by_key(dprobs_, ds_pairs_), queries_, dk, d_cols_, n_, rows_);
   }
   // dq (rows, d_cols) += ds . k
   void add_dq(A* dq) const {
     const auto* ds = kDepth == 1 ? reinterpret_cast<const Elem*>(dprobs_)
                                  : reinterpret_cast<const Elem*>(ds_rows_);
-    add({ds, kKeys / kDepth, 1}, {k_panels_, kByKey}, dq, d_cols_, rows_, n_);
+    add({ds, kKeys / kDepth, 1}, keys_, dq, d_cols_, rows_, n_);
   }
   // Row r of d logit (n), which is the bias's gradient: only of a tile that wants nothing else.
   const A* dlogit(int r) const { return dprobs_ + ptrdiff_t(r) * kKeys; }
@@ -148,8 +153,7 @@ class BackwardTile {
     i_ = i;
     rows_ = rows;
     const Source<T> q{p_.q.at<const T>(b_, h, i), p_.q.stride[2], p_.q.stride[3]};
-    pack_rows<Compute>(q_rows_, d_elems_, q, rows, d_);
-    product({q_rows_, d_elems_, 1}, {k_transposed_, ptrdiff_t(d_elems_) * kWide}, scores_, rows,
+    product(rows_of<Compute>(q_rows_, d_elems_, q, rows, d_), {k_transposed_, ptrdiff_t(d_elems_) * kWide}, scores_, rows,
             d_elems_);
     return q;
   }
@@ -218,9 +222,10 @@ class BackwardTile {
     V sum = zero<A>();
     for (int c = 0; c < width; c += V::kWidth) {
       const V score = load(s + c);
-      V p = exp_below(fma(score, factor, minus_lse) + minus_low);
-      p = select(equal(score, hidden), zero<A>(), p);
-      sum = sum + select(equal(p, zero<A>()), zero<A>(), p * load(dp + c));
+      V p[] = {fma(score, factor, minus_lse) + minus_low};
+      exp_(p);
+      p[0] = select(equal(score, hidden), zero<A>(), p[0]);
+      sum = sum + select(equal(p[0], zero<A>()), zero<A>(), p[0] * load(dp + c));
     }
     return hsum(sum);
   }
@@ -234,21 +239,33 @@ class BackwardTile {
     const V minus_lse = set1(-lse), minus_low = set1(-low);
     const V hidden = set1(-std::numeric_limits<A>::infinity());
     const V factor = kGeneral && modified_ ? set1(A(1)) : scale;
-    for (int c = 0; c < width; c += w) {
-      const V score = load(s + c);
-      V p = exp_below(fma(score, factor, minus_lse) + minus_low);
-      if (kGeneral) p = select(equal(score, hidden), zero<A>(), p);
-      store(s + c, p);
-      if (kGeneral && !wanted_.ds()) continue;
-      V g = p * ((load(dp + c) - vdelta) + vdlse);
-      if (dbias) store_n(dbias + c, select(equal(p, zero<A>()), zero<A>(), g), std::min(w, n_ - c));
-      if (!kGeneral)
-        g = g * scale;
-      else if (!wanted_.dlogit)
-        g = g * (modified_ ? load(slope_ + c) : scale);
-      // Where p is 0, so is the gradient, whatever do . v is.
-      store(dp + c, select(equal(p, zero<A>()), zero<A>(), g));
-    }
+    int c = 0;
+    const auto step = [&](auto count) FASTATTN_INLINE_LAMBDA {
+      V p[count];
+      unroll<count>([&](auto k) FASTATTN_INLINE_LAMBDA {
+        p[k] = fma(load(s + c + k * w), factor, minus_lse) + minus_low;
+      });
+      exp_(p);
+      unroll<count>([&](auto k) FASTATTN_INLINE_LAMBDA {
+        const int at = c + k * w;
+        if (kGeneral) p[k] = select(equal(load(s + at), hidden), zero<A>(), p[k]);
+        store(s + at, p[k]);
+        if (kGeneral && !wanted_.ds()) return;
+        V g = p[k] * ((load(dp + at) - vdelta) + vdlse);
+        const auto unseen = equal(p[k], zero<A>());
+        if (dbias) store_n(dbias + at, select(unseen, zero<A>(), g), std::min(w, n_ - at));
+        if (!kGeneral)
+          g = g * scale;
+        else if (!wanted_.dlogit)
+          g = g * (modified_ ? load(slope_ + at) : scale);
+        // Where p is 0, so is the gradient, whatever do . v is.
+        store(dp + at, select(unseen, zero<A>(), g));
+      });
+      c += count * w;
+    };
+    if constexpr (!kGeneral)
+      while (c + 4 * w <= width) step(std::integral_constant<int, 4>{});
+    while (c < width) step(std::integral_constant<int, 1>{});
   }
 
   // bf16 copies of p and ds: ds by rows for dq, both by pairs of rows for dv and dk.
@@ -279,15 +296,17 @@ class BackwardTile {
   const AttentionGrads& g_;
   const Wanted wanted_;
   const bool modified_;
+  const ScaledExp<A, true> exp_{1.0};
   const int d_, dv_, d_elems_, dv_elems_, d_cols_, dv_cols_;
   Elem *k_transposed_, *v_transposed_, *k_panels_, *q_rows_, *q_panels_, *do_rows_, *do_panels_;
+  Panels<Compute> keys_{}, queries_{}, douts_{};  // at hand, for dq, dk and dv
   A *scores_, *dprobs_;  // (kRows, kKeys): scores, then p; do . v, then ds
   Narrow* ds_rows_;
   Elem *p_pairs_, *ds_pairs_;
   A *slope_, *bias_, *keep_;
   uint32_t* words_;
   int64_t b_ = 0, h_ = 0, i_ = 0, j_ = 0;
-  int n_ = 0, rows_ = 0;
+  int loaded_ = 0, n_ = 0, rows_ = 0;  // keys loaded; keys and queries at hand
   bool keys_finite_ = true, spoils_ = false;
 };
 

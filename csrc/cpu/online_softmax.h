@@ -49,6 +49,7 @@ template <typename A, bool kExact>
 class OnlineSoftmax {
   using V = Vec<A>;
   static constexpr int w = V::kWidth;
+  static constexpr int kAtOnce = 4;
   static constexpr A kHidden = -std::numeric_limits<A>::infinity();
 
  public:
@@ -58,6 +59,7 @@ class OnlineSoftmax {
                 int max_keys)
       : p_(p),
         modified_(ScoreMod<A>::needed(p)),
+        exp_(modified_ ? 1.0 : p.scale),
         max_(scratch.take<A>(max_rows + w)),
         sum_(scratch.take<A>(max_rows + w)),
         sum_low_(scratch.take<A>(max_rows + w)),
@@ -95,15 +97,12 @@ class OnlineSoftmax {
     }
     update_max(r0, rows);
 
-    const V factor = set1(exp_factor());
     const bool convert_later = mark || p_.dropout.p > 0;
     for (int r = 0; r < rows; ++r) {
       A* row = scores + ptrdiff_t(r) * score_row;
       P* out = probs + ptrdiff_t(r) * score_row;
-      const V reference = set1(reference_[r]);
-      const auto exponential = [&](V s) { return exponential_of((s - reference) * factor); };
-      const V total = convert_later ? exponentiate(row, row, width, exponential)
-                                    : exponentiate(row, out, width, exponential);
+      const V total = convert_later ? exponentiate(row, row, width, reference_[r])
+                                    : exponentiate(row, out, width, reference_[r]);
       store(lanes_ + r * w, total);
       if (mark)
         for (int c = 0; c < n; ++c)
@@ -129,46 +128,41 @@ class OnlineSoftmax {
   double sum(int r) const { return double(sum_[r]) + double(sum_low_[r]); }  // of exp(logit - max)
 
  private:
-  // Scores times exp_factor() are what exponential_of takes.
-  static constexpr A kUnit = kExact ? A(1) : kExpUnit<A>;
-  A exp_factor() const { return modified_ ? kUnit : A(p_.scale * kUnit); }
-  static FASTATTN_INLINE V exponential_of(V x) {
-    if constexpr (kExact)
-      return exp_below(x);
-    else
-      return exp_units(x);
-  }
-  template <typename P, typename Exponential>
-  static FASTATTN_INLINE V exponentiate(const A* row, P* out, int width, const Exponential& exp) {
-    V even = zero<A>(), odd = zero<A>();
+  // out = exp(row - reference); returns the sums of the lanes.
+  template <typename P>
+  FASTATTN_INLINE V exponentiate(const A* row, P* out, int width, A reference) const {
+    const ScaledExp<A, kExact> exp = exp_;
+    const V base = set1(reference);
+    V total[2] = {zero<A>(), zero<A>()};
     int c = 0;
-    for (; c + 2 * w <= width; c += 2 * w) {
-      const V p = exp(load(row + c)), q = exp(load(row + c + w));
-      even = even + p;
-      odd = odd + q;
-      store(out + c, p);
-      store(out + c + w, q);
-    }
-    for (; c < width; c += w) {
-      const V p = exp(load(row + c));
-      even = even + p;
-      store(out + c, p);
-    }
-    return even + odd;
+    const auto step = [&](auto count) FASTATTN_INLINE_LAMBDA {
+      V x[count];
+      unroll<count>([&](auto i) FASTATTN_INLINE_LAMBDA { x[i] = load(row + c + i * w) - base; });
+      exp(x);
+      unroll<count>([&](auto i) FASTATTN_INLINE_LAMBDA {
+        total[i % 2] = total[i % 2] + x[i];
+        store(out + c + i * w, x[i]);
+      });
+      c += count * w;
+    };
+    while (c + kAtOnce * w <= width) step(std::integral_constant<int, kAtOnce>{});
+    while (c < width) step(std::integral_constant<int, 1>{});
+    return total[0] + total[1];
   }
 
   // Rows beyond the last are carried along as garbage in the padding, and overwritten later.
   void update_max(int r0, int rows) {
-    const V hidden = set1(kHidden), factor = set1(exp_factor());
+    const V hidden = set1(kHidden);
     for (int r = 0; r < rows; r += w) {
       const int live = std::min(w, rows - r);
       const V block = reduce_rows(lanes_ + r * w, [](V a, V b) { return vmax(a, b); });
       const V before = load_n(max_ + r0 + r, live);
       const V now = vmax(block, before);
       // No change, also from -inf to -inf: a factor of 1.
-      const V step = select(equal(now, before), zero<A>(), (before - now) * factor);
+      V step[] = {select(equal(now, before), zero<A>(), before - now)};
+      exp_(step);
       store_n(max_ + r0 + r, now, live);
-      store_n(factor_ + r0 + r, exponential_of(step), live);
+      store_n(factor_ + r0 + r, step[0], live);
       // A row that has seen nothing yet is all -inf: any finite reference turns it into zeros.
       store(reference_ + r, select(equal(now, hidden), zero<A>(), now));
     }
@@ -190,6 +184,7 @@ class OnlineSoftmax {
 
   const AttentionParams& p_;
   const bool modified_;
+  const ScaledExp<A, kExact> exp_;  // of a difference of scores
   A *max_, *sum_, *sum_low_, *factor_;  // of the tile
   A *reference_, *lanes_;               // of the block: maxima, and per-lane maxima or sums
   A* bias_;

@@ -100,16 +100,18 @@ struct Left {
   const typename Compute::Elem* data;
   ptrdiff_t row, depth;
 };
-// Packed panels, each k_elems x kPanel elements; `stride` elements from one panel to the next.
+// Panels of k_elems x kPanel elements: `stride` elements from one panel to the next, `depth` from one
+// row of a panel to the next. Packed panels hold their rows one after the other.
 template <class Compute>
 struct Panels {
   const typename Compute::Elem* data;
   ptrdiff_t stride;
+  ptrdiff_t depth = kPanel<typename Compute::Acc>;
 };
 
 // kRows rows of C, kVectors vectors wide.
 template <class Compute, int kVectors, int kRows, Into kInto>
-FASTATTN_INLINE void tile_matmul_step(Left<Compute> a, const typename Compute::Elem* b,
+FASTATTN_INLINE void tile_matmul_step(Left<Compute> a, Panels<Compute> b,
                                       typename Compute::Acc* c, ptrdiff_t c_row, int k_elems,
                                       const typename Compute::Acc* factor) {
   using A = typename Compute::Acc;
@@ -128,7 +130,7 @@ FASTATTN_INLINE void tile_matmul_step(Left<Compute> a, const typename Compute::E
     for (int k = 0; k < run; ++k) {
       typename Compute::Operand columns[kVectors];
       unroll<kVectors>([&](auto v)
-                           FASTATTN_INLINE_LAMBDA { columns[v] = Compute::load_b(b + v * w); });
+                           FASTATTN_INLINE_LAMBDA { columns[v] = Compute::load_b(b.data + v * w); });
       unroll<kRows>([&](auto r) FASTATTN_INLINE_LAMBDA {
         const auto x = Compute::broadcast(a.data + r * a.row);
         unroll<kVectors>([&](auto v) FASTATTN_INLINE_LAMBDA {
@@ -136,7 +138,7 @@ FASTATTN_INLINE void tile_matmul_step(Left<Compute> a, const typename Compute::E
         });
       });
       a.data += a.depth;
-      b += kPanel<A>;
+      b.data += b.depth;
     }
     each([&](auto r, auto v, int i) FASTATTN_INLINE_LAMBDA {
       if constexpr (kTotalsInRegisters)
@@ -155,7 +157,7 @@ FASTATTN_INLINE void tile_matmul_step(Left<Compute> a, const typename Compute::E
 }
 
 template <class Compute, int kVectors, int kRows, Into kInto>
-FASTATTN_INLINE void tile_matmul_rest(int rows, Left<Compute> a, const typename Compute::Elem* b,
+FASTATTN_INLINE void tile_matmul_rest(int rows, Left<Compute> a, Panels<Compute> b,
                                       typename Compute::Acc* c, ptrdiff_t c_row, int k_elems,
                                       const typename Compute::Acc* factor) {
   if constexpr (kRows > 0) {
@@ -167,7 +169,7 @@ FASTATTN_INLINE void tile_matmul_rest(int rows, Left<Compute> a, const typename 
 }
 
 template <class Compute, int kVectors, Into kInto>
-FASTATTN_INLINE void tile_matmul_panel(Left<Compute> a, const typename Compute::Elem* b,
+FASTATTN_INLINE void tile_matmul_panel(Left<Compute> a, Panels<Compute> b,
                                        typename Compute::Acc* c, ptrdiff_t c_row, int rows,
                                        int k_elems, const typename Compute::Acc* factor) {
   for (; rows >= kTileRows; rows -= kTileRows) {
@@ -187,9 +189,9 @@ FASTATTN_NOINLINE void tile_matmul(Left<Compute> a, Panels<Compute> b, typename 
                                    const typename Compute::Acc* factor = nullptr) {
   constexpr int width = kPanel<typename Compute::Acc>, narrow = width - width / kPanelVectors;
   for (; cols > narrow; cols -= width, b.data += b.stride, c += width)
-    tile_matmul_panel<Compute, kPanelVectors, kInto>(a, b.data, c, c_row, rows, k_elems, factor);
+    tile_matmul_panel<Compute, kPanelVectors, kInto>(a, b, c, c_row, rows, k_elems, factor);
   if constexpr (kPanelVectors > 1)
-    if (cols > 0) tile_matmul_panel<Compute, 1, kInto>(a, b.data, c, c_row, rows, k_elems, factor);
+    if (cols > 0) tile_matmul_panel<Compute, 1, kInto>(a, b, c, c_row, rows, k_elems, factor);
 }
 
 // One of the values of an element.
@@ -216,7 +218,7 @@ FASTATTN_NOINLINE void tile_product_by_lanes(Left<Fma<A>> a, Panels<Fma<A>> b, A
       for (V& lane : sum) lane = zero<A>();
       for (int k = 0; k < k_elems; ++k)
         sum[k % w] =
-            fma(set1(a.data[m * a.row + k * a.depth]), load(column + k * width), sum[k % w]);
+            fma(set1(a.data[m * a.row + k * a.depth]), load(column + k * b.depth), sum[k % w]);
       reduce_as_tree<w>(sum, [](V x, V y) { return x + y; });
       store(c + m * c_row + n, sum[0]);
     }
@@ -236,7 +238,7 @@ FASTATTN_NOINLINE void tile_matmul_sparse(Left<Compute> a, Panels<Compute> b,
         const A x = elem_value<Compute>(a.data + m * a.row + k * a.depth, part);
         if (x == 0) continue;
         for (int n = 0; n < cols; ++n) {
-          const auto* e = b.data + n / width * b.stride + k * width + n % width;
+          const auto* e = b.data + n / width * b.stride + k * b.depth + n % width;
           c[m * c_row + n] += x * elem_value<Compute>(e, part);
         }
       }
@@ -280,6 +282,12 @@ FASTATTN_INLINE uint32_t make_pair(const bf16* first, const bf16* second) {
 }
 #endif
 
+// A matrix as an operand where it lies, if it can be one: numbers of the compute type side by side.
+template <class Compute, typename T>
+bool lies_ready(Source<T> s) {
+  return std::is_same_v<T, typename Compute::Elem> && s.col == 1;
+}
+
 // Left operand, row by row: (rows, cols) -> elements [row][round_up(cols, depth) / depth].
 template <class Compute, typename T>
 FASTATTN_NOINLINE void pack_rows(typename Compute::Elem* dst, ptrdiff_t dst_row, Source<T> s,
@@ -306,6 +314,16 @@ FASTATTN_NOINLINE void pack_rows(typename Compute::Elem* dst, ptrdiff_t dst_row,
 #endif
     }
   }
+}
+
+// The same, where it lies or else packed at dst.
+template <class Compute, typename T>
+Left<Compute> rows_of(typename Compute::Elem* dst, ptrdiff_t dst_row, Source<T> s, int rows,
+                      int cols) {
+  if (lies_ready<Compute>(s))
+    return {reinterpret_cast<const typename Compute::Elem*>(s.data), s.row, 1};
+  pack_rows<Compute>(dst, dst_row, s, rows, cols);
+  return {dst, dst_row, 1};
 }
 
 // Right operand whose K runs down the source's rows: B (k, n) = source (k, n), k < rows, n < cols.
@@ -345,6 +363,18 @@ FASTATTN_NOINLINE void pack_panels(typename Compute::Elem* dst, ptrdiff_t panel_
       }
     }
   }
+}
+
+// The same, where it lies if its columns are whole panels and its rows follow one another (rows
+// further apart would compete for the same sets of a cache), or else packed at dst.
+template <class Compute, typename T>
+Panels<Compute> panels_of(typename Compute::Elem* dst, ptrdiff_t panel_stride, Source<T> s,
+                          int rows, int cols) {
+  constexpr int width = kPanel<typename Compute::Acc>;
+  if (lies_ready<Compute>(s) && s.row == cols && cols % width == 0)
+    return {reinterpret_cast<const typename Compute::Elem*>(s.data), width, s.row};
+  pack_panels<Compute>(dst, panel_stride, s, rows, cols);
+  return {dst, panel_stride};
 }
 
 // Right operand whose K runs along the source's columns: B (k, n) = source (n, k), n < rows, k <

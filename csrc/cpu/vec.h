@@ -8,6 +8,7 @@
 //   store vmax(a, b), vmin(a, b)  return b when either is NaN, as x86 does: put what must survive
 //   second
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -280,20 +281,19 @@ FASTATTN_INLINE Vec<double> exp2_below(Vec<double> x) { return exp2(x); }
 // grow by n. Adding 1.5 * 2^23 rounds to n and leaves n in the low bits. x is first raised to
 // -127, where the exponent bits become those of exactly 0. exp2_below leaves out the bound above.
 constexpr float kRoundMagic = 12582912.0f;
-// The polynomial for 2^f on [-1/2, 1/2]: minimax with 2^0 = 1 exact, relative error 2e-9. One
-// degree less would do for softmax (1e-7), but shows in gradients beside libm's exp.
+// Polynomials for 2^f on [-1/2, 1/2]: minimax with 2^0 = 1 exact, relative error 2e-9, and 1e-7,
+// which would do for softmax, but shows in gradients beside libm's exp.
 constexpr float kExp2Poly[6] = {0.6931472f,   0.24022648f,   0.055503324f,
                                 0.009618437f, 0.0013398874f, 0.00015353362f};
+constexpr float kExp2ShortPoly[5] = {0.693147f, 0.240222424f, 0.0555073358f, 0.00967151299f,
+                                     0.00132647273f};
 
 #if !defined(FASTATTN_X86_VECTORS) && !(defined(__ARM_NEON) && defined(__aarch64__))
-FASTATTN_INLINE Vec<float> exp2_parts(Vec<float> rounded, Vec<float> f) {
-  for (int i = 0; i < Vec<float>::kWidth; ++i) {
-    float p = kExp2Poly[5];
-    for (int k = 4; k >= 0; --k) p = fma(p, f.lane[i], kExp2Poly[k]);
-    p = fma(p, f.lane[i], 1.0f);
-    f.lane[i] = bits_to_float(float_to_bits(p) + (float_to_bits(rounded.lane[i]) << 23));
-  }
-  return f;
+// x times 2^n, where the low bits of `rounded` are n.
+FASTATTN_INLINE Vec<float> add_exponent(Vec<float> x, Vec<float> rounded) {
+  for (int i = 0; i < Vec<float>::kWidth; ++i)
+    x.lane[i] = bits_to_float(float_to_bits(x.lane[i]) + (float_to_bits(rounded.lane[i]) << 23));
+  return x;
 }
 #endif
 
@@ -432,10 +432,37 @@ FASTATTN_INLINE void reduce_as_tree(Vec<A> (&x)[kSize], const Reduce& reduce) {
 
 constexpr double kLog2E = 1.44269504088896340736, kLn2 = 0.69314718055994530942;
 
+// What follows takes several vectors at once, in step: each waits for its own last result while the
+// others work, and the processor need not look far ahead for work.
+
+// f -> 2^f for f in [-1/2, 1/2]
+template <bool kShort, int kCount>
+FASTATTN_INLINE void exp2_of_fraction(Vec<float> (&f)[kCount]) {
+  constexpr int terms = kShort ? 5 : 6;
+  const auto c = [](int k) { return set1(kShort ? kExp2ShortPoly[k % 5] : kExp2Poly[k]); };
+  Vec<float> p[kCount];
+  unroll<kCount>([&](auto i) FASTATTN_INLINE_LAMBDA { p[i] = c(terms - 1); });
+  unroll<terms - 1>([&](auto k) FASTATTN_INLINE_LAMBDA {
+    unroll<kCount>(
+        [&](auto i) FASTATTN_INLINE_LAMBDA { p[i] = fma(p[i], f[i], c(terms - 2 - k)); });
+  });
+  unroll<kCount>([&](auto i) FASTATTN_INLINE_LAMBDA { f[i] = fma(p[i], f[i], set1(1.0f)); });
+}
+// NaN passes through.
+template <bool kShort, int kCount>
+FASTATTN_INLINE void exp2_below(Vec<float> (&x)[kCount]) {
+  const Vec<float> magic = set1(kRoundMagic);
+  Vec<float> rounded[kCount];
+  unroll<kCount>([&](auto i) FASTATTN_INLINE_LAMBDA { x[i] = vmax(set1(-127.0f), x[i]); });
+  unroll<kCount>([&](auto i) FASTATTN_INLINE_LAMBDA { rounded[i] = x[i] + magic; });
+  unroll<kCount>([&](auto i) FASTATTN_INLINE_LAMBDA { x[i] = x[i] - (rounded[i] - magic); });
+  exp2_of_fraction<kShort>(x);
+  unroll<kCount>([&](auto i) FASTATTN_INLINE_LAMBDA { x[i] = add_exponent(x[i], rounded[i]); });
+}
 FASTATTN_INLINE Vec<float> exp2_below(Vec<float> x) {
-  const Vec<float> magic = set1(kRoundMagic), c = vmax(set1(-127.0f), x);  // NaN passes through
-  const Vec<float> rounded = c + magic;
-  return exp2_parts(rounded, c - (rounded - magic));
+  Vec<float> one[] = {x};
+  exp2_below<false>(one);
+  return one[0];
 }
 FASTATTN_INLINE Vec<float> exp2(Vec<float> x) { return exp2_below(vmin(set1(128.0f), x)); }
 
@@ -454,28 +481,70 @@ FASTATTN_INLINE Vec<A> exp2_or_nan(Vec<A> x) {
   return one[0];
 }
 
-// e^x for x < 88, or NaN, to 1e-7 whatever the size of x: no product is rounded on the way, as
-// exp2(x * log2(e)) rounds one. For gradients, where that shows beside libm.
-FASTATTN_INLINE Vec<float> exp_below(Vec<float> x) {
-  const Vec<float> magic = set1(kRoundMagic), high = set1(float(kLog2E));
-  const Vec<float> low = set1(float(kLog2E - float(kLog2E)));
-  const Vec<float> rounded = fma(x, high, magic);
-  const Vec<float> f = fma(x, low, fma(x, high, magic - rounded));
-  return select(less(x, set1(-87.0f)), zero<float>(), exp2_parts(rounded, f));
-}
-FASTATTN_INLINE Vec<double> exp_below(Vec<double> x) {
-  for (int i = 0; i < Vec<double>::kWidth; ++i) x.lane[i] = std::exp(x.lane[i]);
-  return x;
-}
+// x -> e^(scale x) for scale > 0 and scale x < 88, or NaN. kExact: to 1e-7 whatever the size of x: no
+// product is rounded on the way, as exp2(x * log2(e)) rounds one. For gradients, where that shows
+// beside libm.
+template <typename A, bool kExact>
+class ScaledExp;
 
-// e^x, given x times kExpUnit: float counts exponents in units of log2, which its exp2 wants;
-// double takes them as they are, and loses no bit to the conversion.
-template <typename A>
-constexpr A kExpUnit = A(kLog2E);
 template <>
-constexpr double kExpUnit<double> = 1.0;
-FASTATTN_INLINE Vec<float> exp_units(Vec<float> x) { return exp2_below(x); }
-FASTATTN_INLINE Vec<double> exp_units(Vec<double> x) { return exp_below(x); }
+class ScaledExp<float, true> {
+ public:
+  explicit ScaledExp(double scale)
+      : high_(float(scale * kLog2E)),
+        low_(float(scale * kLog2E - double(high_))),
+        least_(float(std::max(-87.0 / scale, double(std::numeric_limits<float>::lowest())))) {}
+
+  template <int kCount>
+  FASTATTN_INLINE void operator()(Vec<float> (&x)[kCount]) const {
+    const Vec<float> magic = set1(kRoundMagic), high = set1(high_), low = set1(low_);
+    const Vec<float> least = set1(least_);
+    Vec<float> rounded[kCount], f[kCount];
+    unroll<kCount>([&](auto i) FASTATTN_INLINE_LAMBDA { rounded[i] = fma(x[i], high, magic); });
+    unroll<kCount>([&](auto i) FASTATTN_INLINE_LAMBDA { f[i] = magic - rounded[i]; });
+    unroll<kCount>([&](auto i) FASTATTN_INLINE_LAMBDA { f[i] = fma(x[i], high, f[i]); });
+    unroll<kCount>([&](auto i) FASTATTN_INLINE_LAMBDA { f[i] = fma(x[i], low, f[i]); });
+    exp2_of_fraction<false>(f);
+    unroll<kCount>([&](auto i) FASTATTN_INLINE_LAMBDA {
+#if defined(FASTATTN_X86_VECTORS) && defined(__AVX512F__)
+      x[i] = add_exponent_from(x[i], least, f[i], rounded[i]);
+#else
+      x[i] = select(less(x[i], least), zero<float>(), add_exponent(f[i], rounded[i]));
+#endif
+    });
+  }
+
+ private:
+  float high_, low_, least_;  // scale log2(e) = high + low; below least the result is 0
+};
+
+template <>
+class ScaledExp<float, false> {
+ public:
+  explicit ScaledExp(double scale) : scale_(float(scale * kLog2E)) {}
+  template <int kCount>
+  FASTATTN_INLINE void operator()(Vec<float> (&x)[kCount]) const {
+    unroll<kCount>([&](auto i) FASTATTN_INLINE_LAMBDA { x[i] = x[i] * set1(scale_); });
+    exp2_below<true>(x);
+  }
+
+ private:
+  float scale_;
+};
+
+template <>
+class ScaledExp<double, true> {
+ public:
+  explicit ScaledExp(double scale) : scale_(scale) {}
+  template <int kCount>
+  void operator()(Vec<double> (&x)[kCount]) const {
+    for (Vec<double>& v : x)
+      for (int i = 0; i < Vec<double>::kWidth; ++i) v.lane[i] = std::exp(v.lane[i] * scale_);
+  }
+
+ private:
+  double scale_;
+};
 
 FASTATTN_INLINE Vec<double> vtanh(Vec<double> x) {
   for (int i = 0; i < Vec<double>::kWidth; ++i) x.lane[i] = std::tanh(x.lane[i]);

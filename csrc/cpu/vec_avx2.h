@@ -141,12 +141,9 @@ FASTATTN_INLINE float hmax_any(VecF a) {
   r = _mm_max_ps(r, _mm_movehl_ps(r, r));
   return _mm_cvtss_f32(_mm_max_ss(r, _mm_movehdup_ps(r)));
 }
-FASTATTN_INLINE VecF exp2_parts(VecF rounded, VecF f) {
-  __m256 p = _mm256_set1_ps(kExp2Poly[5]);
-  for (int k = 4; k >= 0; --k) p = _mm256_fmadd_ps(p, f.v, _mm256_set1_ps(kExp2Poly[k]));
-  p = _mm256_fmadd_ps(p, f.v, _mm256_set1_ps(1.0f));
+FASTATTN_INLINE VecF add_exponent(VecF x, VecF rounded) {
   const __m256i shift = _mm256_slli_epi32(_mm256_castps_si256(rounded.v), 23);
-  return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), shift))};
+  return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x.v), shift))};
 }
 
 }  // namespace

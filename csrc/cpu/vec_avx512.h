@@ -144,12 +144,15 @@ FASTATTN_INLINE void transpose(VecF (&r)[16]) {
   }
 }
 FASTATTN_INLINE float hmax_any(VecF a) { return _mm512_reduce_max_ps(a.v); }
-FASTATTN_INLINE VecF exp2_parts(VecF rounded, VecF f) {
-  __m512 p = _mm512_set1_ps(kExp2Poly[5]);
-  for (int k = 4; k >= 0; --k) p = _mm512_fmadd_ps(p, f.v, _mm512_set1_ps(kExp2Poly[k]));
-  p = _mm512_fmadd_ps(p, f.v, _mm512_set1_ps(1.0f));
+FASTATTN_INLINE VecF add_exponent(VecF x, VecF rounded) {
   const __m512i shift = _mm512_slli_epi32(_mm512_castps_si512(rounded.v), 23);
-  return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), shift))};
+  return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x.v), shift))};
+}
+// The same where lanes of `at` are not less than those of `least`; 0 elsewhere.
+FASTATTN_INLINE VecF add_exponent_from(VecF at, VecF least, VecF x, VecF rounded) {
+  const __m512i shift = _mm512_slli_epi32(_mm512_castps_si512(rounded.v), 23);
+  const __mmask16 kept = _mm512_cmp_ps_mask(at.v, least.v, _CMP_NLT_UQ);
+  return {_mm512_castsi512_ps(_mm512_maskz_add_epi32(kept, _mm512_castps_si512(x.v), shift))};
 }
 // 2^x for x < 128, NaN for any NaN, in fewer instructions than exp2_below, but more that compete
 // with FMA for its slots. The bound is far enough down for the result to round to 0.

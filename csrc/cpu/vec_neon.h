@@ -86,12 +86,9 @@ FASTATTN_INLINE void transpose(VecF (&r)[4]) {
   r[3].v = vcombine_f32(vget_high_f32(a.val[1]), vget_high_f32(b.val[1]));
 }
 FASTATTN_INLINE float hmax_any(VecF a) { return vmaxvq_f32(a.v); }
-FASTATTN_INLINE VecF exp2_parts(VecF rounded, VecF f) {
-  float32x4_t p = vdupq_n_f32(kExp2Poly[5]);
-  for (int k = 4; k >= 0; --k) p = vfmaq_f32(vdupq_n_f32(kExp2Poly[k]), p, f.v);
-  p = vfmaq_f32(vdupq_n_f32(1.0f), p, f.v);
+FASTATTN_INLINE VecF add_exponent(VecF x, VecF rounded) {
   const int32x4_t shift = vshlq_n_s32(vreinterpretq_s32_f32(rounded.v), 23);
-  return {vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(p), shift))};
+  return {vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(x.v), shift))};
 }
 
 }  // namespace
