@@ -16,7 +16,7 @@ class DecodeTile {
   using Elem = typename Compute::Elem;
   using V = Vec<A>;
   static constexpr int w = V::kWidth;
-  static constexpr int kKeys = 32;  // keys between two visits to the online softmax
+  static constexpr int kKeys = 16;  // keys between two visits to the online softmax
   static constexpr int kChunk = w * Compute::kDepth;          // numbers of a key in one vector
   static constexpr int kRows = w >= 16 ? 4 : w >= 8 ? 2 : 1;  // queries that share a load
 
@@ -56,7 +56,8 @@ class DecodeTile {
     for (int64_t j = keys.begin; j < keys.end; j += kKeys) {
       const int n = int(std::min<int64_t>(kKeys, keys.end - j));
       const Source<T> kj{k.at(j, 0), k.row, k.col}, vj{v.at(j, 0), v.row, v.col};
-      // What is read in place is asked for a block ahead.
+      // What is read in place for several queries at once is asked for a block ahead; one query reads
+      // so fast that the processor's own prefetching does better.
       const bool last = j + 2 * kKeys > keys.end;
       if (k_direct) {
         score(kj, n, last ? 0 : kKeys * k.row);
@@ -101,15 +102,16 @@ class DecodeTile {
       int r = 0;
       for (; r + kRows <= rows_; r += kRows)
         for (int c = j; c < j + w && c < n; c += w / kRows)
-          score_rows<kRows>(k, n, r, c, r == 0 ? ahead : 0);
+          r == 0 && ahead ? score_rows<kRows, true>(k, n, r, c, ahead)
+                          : score_rows<kRows, false>(k, n, r, c, 0);
       if constexpr (kRows > 1)
-        for (; r < rows_; ++r) score_rows<1>(k, n, r, j, r == 0 ? ahead : 0);
+        for (; r < rows_; ++r) score_rows<1, false>(k, n, r, j, 0);
     }
   }
 
   // Scores of kCount queries from r on with w / kCount keys from j on: the w sums of products lie
   // each in a vector, and are summed across all at once.
-  template <int kCount, typename U>
+  template <int kCount, bool kFetch, typename U>
   FASTATTN_INLINE void score_rows(Source<U> k, int n, int r, int j, int64_t ahead) {
     constexpr int kWide = w / kCount, kNumbers = std::is_same_v<U, Elem> ? 1 : Compute::kDepth;
     const U* key[kWide];
@@ -119,7 +121,7 @@ class DecodeTile {
     unroll<w>([&](auto x) { sum[x] = zero<A>(); });
     const auto step = [&](auto c, int d) FASTATTN_INLINE_LAMBDA {
       const U* p = key[c] + d * kNumbers;
-      if (ahead) prefetch(p + ahead);
+      if constexpr (kFetch && kCount > 1) prefetch(p + ahead);
       const auto y = load_key(p);
       unroll<kCount>([&](auto row) {
         sum[row * kWide + c] =
@@ -158,14 +160,16 @@ class DecodeTile {
     for (int c = 0; c < v_cols_;) {
       int r = 0, wide = v_cols_ - c >= 8 * w && rows_ < kRows ? 8 : 4;
       if constexpr (kRows > 1)
-        for (; r + kRows <= rows_; r += kRows) accumulate_rows<kRows, 4>(v, n, r, c, r ? 0 : ahead);
+        for (; r + kRows <= rows_; r += kRows)
+          r == 0 && ahead ? accumulate_rows<kRows, 4, true>(v, n, r, c, ahead)
+                          : accumulate_rows<kRows, 4, false>(v, n, r, c, 0);
       for (; r < rows_; ++r)
-        wide == 8 ? accumulate_rows<1, 8>(v, n, r, c, r ? 0 : ahead)
-                  : accumulate_rows<1, 4>(v, n, r, c, r ? 0 : ahead);
+        wide == 8 ? accumulate_rows<1, 8, false>(v, n, r, c, 0)
+                  : accumulate_rows<1, 4, false>(v, n, r, c, 0);
       c += wide * w;
     }
   }
-  template <int kCount, int kVectors, typename U>
+  template <int kCount, int kVectors, bool kFetch, typename U>
   FASTATTN_INLINE void accumulate_rows(Source<U> v, int n, int r, int c, int64_t ahead) {
     V sum[kCount][kVectors];
     A* out = out_ + ptrdiff_t(r) * v_cols_ + c;
@@ -173,7 +177,7 @@ class DecodeTile {
     unroll<kCount>([&](auto row) { unroll<kVectors>([&](auto x) { sum[row][x] = zero<A>(); }); });
     for (int j = 0; j < n; ++j) {
       const U* value = v.at(j, c);
-      if (ahead) prefetch_bytes(value + ahead, kVectors * w * sizeof(U));
+      if constexpr (kFetch) prefetch_bytes(value + ahead, kVectors * w * sizeof(U));
       unroll<kVectors>([&](auto x) {
         const V y = load(value + x * w);
         unroll<kCount>(
