@@ -73,6 +73,7 @@ class Docstring(NamedTuple):
     """What a module of the standard library says of itself or of a class or function in it."""
 
     package: str  # "asyncio", "email", "tkinter", ...: its topic
+    signature: str  # what it documents, in words: "json encoder iter encode (o, one shot)"
     summary: str  # the first line
     body: str  # the other lines, cleaned; may be empty
 
@@ -88,12 +89,31 @@ def docstrings() -> list[Docstring]:
             continue
         package = file.relative_to(root).parts[0].removesuffix(".py")
         kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        owner = {tree: file.stem}  # of each node, the class or else the module that it is in
         for node in ast.walk(tree):
+            inner = node.name if isinstance(node, ast.ClassDef) else owner[node]
+            owner.update(dict.fromkeys(ast.iter_child_nodes(node), inner))
             text = ast.get_docstring(node) if isinstance(node, kinds) else None
             if text and text.strip():
                 summary, _, body = inspect.cleandoc(text).strip().partition("\n")
-                found.setdefault(text, Docstring(package, clean(summary), clean(body)))
+                what = signature(node, owner[node])
+                found.setdefault(text, Docstring(package, what, clean(summary), clean(body)))
     return list(found.values())
+
+
+def signature(node: ast.AST, owner: str) -> str:
+    """A module, class or function in words, with the owner and the arguments it has, if any."""
+    name = getattr(node, "name", "")
+    arguments = ""
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+        arguments = f"({', '.join(words(a) for a in names if a not in ('self', 'cls'))})"
+    return " ".join(filter(None, (words(owner), words(name), arguments)))
+
+
+def words(name: str) -> str:
+    """JSONEncoder_v2 -> json encoder v 2"""
+    return " ".join(re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+", name)).lower()
 
 
 class Passage(NamedTuple):
@@ -182,6 +202,9 @@ class ByteTokenizer:
 
     vocab_size = 256
 
+    def to_json(self) -> str:
+        return ""
+
     def encode(self, text: bytes) -> Tensor:
         return torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
 
@@ -218,18 +241,16 @@ class BPETokenizer:
         tokenizer.encode_special_tokens = True  # as any other text
         return cls(tokenizer)
 
+    def to_json(self) -> str:
+        """As the tokenizers library writes it, and a checkpoint keeps it."""
+        return self.tokenizer.to_str()
+
     @classmethod
-    def load(cls, path: Path) -> BPETokenizer:
-        """From the file that a training script left."""
+    def from_json(cls, text: str) -> BPETokenizer:
         from tokenizers import Tokenizer
 
-        if not path.exists():
-            raise DataError(f"there is no {path}: it is written beside the checkpoint")
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # what tokenizers raises has no class of its own
-            raise DataError(f"{path} is not a tokenizer: {error}") from error
-        tokenizer.encode_special_tokens = True  # as any other text; the file does not say it
+        tokenizer = Tokenizer.from_str(text)
+        tokenizer.encode_special_tokens = True  # as any other text; the JSON does not say it
         return cls(tokenizer)
 
     @classmethod
