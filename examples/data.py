@@ -53,10 +53,7 @@ def read_text(path: Path | None, limit: int) -> bytes:
     random.Random(0).shuffle(files)
     pieces, size = [], 0
     for file in files:
-        try:
-            piece = file.read_bytes()
-        except OSError as error:
-            raise DataError(f"cannot read {file}: {error.strerror}") from error
+        piece = read_file(file)
         if b"\0" in piece:  # not text
             continue
         pieces.append(piece)
@@ -67,6 +64,13 @@ def read_text(path: Path | None, limit: int) -> bytes:
     if not text.strip():
         raise DataError(f"{what} has no text in it")
     return text
+
+
+def read_file(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
 
 
 class Docstring(NamedTuple):
@@ -150,7 +154,7 @@ def passages(path: Path | None) -> tuple[Passage, ...]:
     found: dict[str, Passage] = {}
     for file in sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]:
         place = file.relative_to(root)
-        content = file.read_bytes()
+        content = read_file(file)
         if b"\0" in content or any(part.startswith(".") for part in place.parts):
             continue
         topic = place.parts[0] if len(place.parts) > 1 else place.stem
@@ -225,9 +229,14 @@ class BPETokenizer:
     def train(
         cls, text: bytes, vocab_size: int, special_tokens: Sequence[str] = ()
     ) -> BPETokenizer:
-        """Special tokens ("[PAD]", "[MASK]", ...) get the first ids; text never encodes to them."""
+        """Special tokens ("[PAD]", "[MASK]", ...) get the first ids; text never encodes to them.
+        DataError where `vocab_size` is less than the bytes and these.
+        """
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+        least = 256 + len(special_tokens)
+        if vocab_size < least:
+            raise DataError(f"--vocab {vocab_size}: at least {least}, every byte and special token")
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
@@ -345,8 +354,10 @@ def read_pairs(path: Path) -> list[Pair]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         raise DataError(f"--data {path}: there is no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--data {path}: {error}") from error
+    except OSError as error:
+        raise DataError(f"--data {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"--data {path} is no UTF-8 text: {error}") from error
     found: dict[Pair, None] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():

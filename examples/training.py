@@ -474,8 +474,8 @@ def save_checkpoint(
 def read_checkpoint(path: Path, *tasks: str) -> dict[str, Any]:
     """What `save_checkpoint` wrote in training for one of the tasks; DataError if it is something
     else."""
-    if not path.exists():
-        raise DataError(f"there is no {path}")
+    if not path.is_file():
+        raise DataError(f"there is no file {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = state["settings"]["task"]

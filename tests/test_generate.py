@@ -161,8 +161,11 @@ def test_bad_checkpoints_and_prompts(trained, pretrained, tmp_path, capsys):
     def said(*arguments):
         return error_of(capsys, generate.main, out, *arguments)
 
-    assert "there is no" in said(f"--checkpoint={tmp_path / 'none.pt'}")
-    assert "is not a checkpoint" in said(f"--checkpoint={trained.parent}")  # a folder
+    assert "there is no file" in said(f"--checkpoint={tmp_path / 'none.pt'}")
+    assert "there is no file" in said(f"--checkpoint={trained.parent}")  # a folder
+    other = tmp_path / "other.pt"
+    other.write_bytes(b"\0\1")
+    assert "is not a checkpoint" in said(f"--checkpoint={other}")
     bert = pretrained / "checkpoint.pt"
     assert "is a checkpoint of the task bert, not lm" in said(f"--checkpoint={bert}")
     assert "must not be empty" in said(model, "--prompt=")

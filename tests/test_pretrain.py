@@ -76,6 +76,7 @@ def test_bad_data(topic_texts, tmp_path, capsys):
     assert "has 1 passages" in said("--data", empty)
     assert "fewer than two passages of two sentences" in said("--data", one_sentence)
     assert "no room for a pair of texts" in said("--data", topic_texts, "--context", 4)
+    assert "--vocab 259: at least 260" in said("--data", topic_texts, "--vocab", 259)
     assert "multiple of n_heads" in said("--data", topic_texts, "--heads", 5)
 
 
