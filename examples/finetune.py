@@ -59,7 +59,7 @@ STARTS = ("pre-trained", "from scratch")
 
 
 def parser() -> argparse.ArgumentParser:
-    defaults = {"steps": 100, "batch": 16, "lr": 1e-3}
+    defaults = {"steps": 100, "batch": 16, "lr": 1e-3, "save_every": 25}
     parser = pretrain.arguments_after(__doc__, "finetune", **defaults)
     add = parser.add_argument
     add("--topics", type=positive, default=12, help="the most frequent so many [12]")

@@ -93,7 +93,7 @@ def arguments(
     add("--lr", type=positive_float, default=2e-3, help="the highest learning rate [%(default)s]")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: autocast")
     add("--resume", action="store_true", help="go on from the checkpoint in --out, if any")
-    add("--save-every", type=positive, default=25, help="steps between checkpoints")
+    add("--save-every", type=positive, default=100, help="steps between checkpoints [%(default)s]")
     parser.set_defaults(quick_defaults={"attention": "both"}, **defaults)
     return parser
 
