@@ -1,7 +1,7 @@
 """What the training examples share: a command line, a training loop that survives a kill, a plot.
 
 Reading order: the command line (`arguments`, `run_script`), models by it (`transformer_config`,
-`build_runs`), the loop (`Run`, `fit`, `train`), what a run leaves (`compare`, `plot_losses`).
+`build_runs`), the loop (`Run`, `fit`), what a run leaves (`compare`, checkpoints, `plot_losses`).
 """
 
 from __future__ import annotations
@@ -307,49 +307,21 @@ def fit(
     name: str = "checkpoint",
     tokenizer: str = "",
 ) -> int:
-    """Train as the command line says. `data` is a fingerprint of what is learned from: a checkpoint
-    of other data, or of other arguments, is refused. `tokenizer`, as JSON, goes into the checkpoint
-    for those who will use the model. Returns the step it started from.
+    """Train the runs side by side, as the command line says, each step on the same batch, in turn:
+    what slows the machine down for a moment slows all of them. Returns the step it started from.
+
+    The checkpoint has the models, optimizers, losses, torch's random state and the step, and is
+    replaced in one piece, so that a run killed at any moment continues with --resume as if nothing
+    had happened. `data` is a fingerprint of what is learned from: DataError where the checkpoint is
+    of other data, or of other arguments. For those who will use the model, it has the `tokenizer`
+    too, as JSON.
     """
     settings = {k: v for k, v in vars(args).items() if k not in NEUTRAL}
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
-    return train(
-        runs,
-        batch_at,
-        held_out,
-        steps=args.steps,
-        warmup=max(1, args.steps // 10),
-        evaluate_every=max(1, args.steps // 5),
-        save_every=args.save_every,
-        checkpoint=args.out / f"{name}.pt",
-        settings={**settings, "data": data},
-        tokenizer=tokenizer,
-        resume=args.resume,
-    )
-
-
-def train(
-    runs: list[Run],
-    batch_at: Callable[[int], Any],
-    held_out: Sequence[Any],
-    *,
-    steps: int,
-    warmup: int,
-    evaluate_every: int,
-    save_every: int,
-    checkpoint: Path,
-    settings: dict[str, Any],
-    tokenizer: str,
-    resume: bool,
-) -> int:
-    """Train the runs side by side, each step on the same batch, in turn: what slows the machine
-    down for a moment slows all of them. Returns the step it started from.
-
-    The checkpoint has the models, optimizers, losses, torch's random state and the step, and the
-    tokenizer, and is replaced in one piece, so that a run killed at any moment continues with
-    `resume` as if nothing had happened. DataError where it is of a run with other `settings`.
-    """
-    first = load_checkpoint(checkpoint, runs, settings) if resume else 0
+    settings["data"] = data
+    checkpoint = args.out / f"{name}.pt"
+    steps, warmup, evaluate_every = args.steps, max(1, args.steps // 10), max(1, args.steps // 5)
+    first = load_checkpoint(checkpoint, runs, settings) if args.resume else 0
     with progress_bar() as progress:
         task = progress.add_task("training", total=steps, completed=first, status="")
         for step in range(first, steps):
@@ -362,7 +334,7 @@ def train(
                 for run in runs:
                     run.held_out.append((done, run.evaluate(held_out)))
                     check_finite(run, step, run.held_out[-1][1])
-            if done % save_every == 0 or done == steps:
+            if done % args.save_every == 0 or done == steps:
                 save_checkpoint(checkpoint, runs, done, settings, tokenizer)
             progress.update(task, advance=1, status=describe(runs))
     return first
@@ -376,8 +348,8 @@ def check_finite(run: Run, step: int, loss: float) -> None:
 def describe(runs: list[Run]) -> str:
     status = f"loss {runs[0].losses[-1]:.3f}"
     if runs[0].held_out:
-        status += f", held-out perplexity {perplexity(runs[0].held_out[-1][1]):.2f}"
-    times = (f"{run.name} {1e3 * median(run.seconds):.0f}" for run in runs)
+        status += f", held out {runs[0].held_out[-1][1]:.3f}"
+    times = (f"{run.name} {1e3 * median(run.seconds[-50:]):.0f}" for run in runs)
     return f"{status}, ms a step: {', '.join(times)}"
 
 
