@@ -152,6 +152,7 @@ def make_batch(pairs: Sequence[TokenPair]) -> Batch:
 
 POOL = 8  # batches that are dealt out together
 SCORED_TOGETHER = 64  # pairs
+SHOWN = 300  # characters of a sample
 
 
 def random_batch(pairs: Sequence[TokenPair], seed: int, step: int, batch: int) -> Batch:
@@ -323,4 +324,5 @@ def show(console: Console, metrics: dict[str, Any], title: str) -> None:
     for sample in metrics["samples"]:
         console.print()
         for name, text in sample.items():
-            console.print(Text.assemble((f"{name:>7}  ", "dim"), text))
+            shown = text if len(text) <= SHOWN else f"{text[:SHOWN]} ..."
+            console.print(Text.assemble((f"{name:>7}  ", "dim"), shown))
