@@ -1,6 +1,6 @@
 """The kernels' share of each task: a training step on fused, torch's own and naive kernels.
 
-    python examples/kernels_share.py              # about three minutes on two quiet cores
+    python examples/kernels_share.py              # under four minutes on two quiet cores
     python examples/kernels_share.py --resume     # go on after a kill
     fastattn bench --op task --full               # the table alone, as a suite of the benchmark
 
@@ -25,6 +25,7 @@ try:
     import summarise
     import train_lm
     import translate
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
     from training import basic_arguments, plotting, positive, positive_float, run_script
@@ -118,8 +119,9 @@ def train(args: argparse.Namespace, console: Console) -> dict[str, dict[str, Any
 
 def show(console: Console, metrics: dict[str, Any]) -> None:
     names = CONTENDERS.values()
-    table = Table(title="A training step: ms, and MB beyond weights and optimizer")
-    table.add_column("task")
+    title = "A training step: ms, and MB beyond weights and optimizer"
+    table = Table(title=title, box=SIMPLE, padding=(0, 0))  # within 80 columns
+    table.add_column("task", min_width=16)
     for name in names:
         table.add_column(f"{name}\nms", justify="right")
     for name in list(names)[1:]:
@@ -146,9 +148,10 @@ def plot_losses(path: Path, trained: dict[str, dict[str, Any]]) -> None:
         for i, (name, run) in enumerate(trained.items()):
             fused, naive = run["losses"]["fused"], run["losses"]["naive"]
             axes.plot(fused, color=f"C{i}", alpha=0.5, lw=2.5, label=f"{name}, fused")
-            axes.plot(naive, color="black", lw=0.7, ls=(0, (4, 3)), label=f"{name}, naive")
+            label = "" if i else "naive, each"
+            axes.plot(naive, color="black", lw=0.7, ls=(0, (4, 3)), label=label)
         axes.set(xlabel="step", ylabel="training loss", title="Fused and naive, one over the other")
-        axes.legend(fontsize=8, ncols=2)
+        axes.figure.legend(loc="outside right upper")
         axes.grid(alpha=0.3)
 
 
