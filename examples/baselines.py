@@ -7,6 +7,23 @@ from data import DataError
 from torch import Tensor, nn
 
 
+class UnigramModel:
+    """How frequent each token is, whatever comes before it; one is added to each count (Laplace):
+
+    P(w) = (c(w) + 1) / (N + V)
+    """
+
+    def __init__(self, tokens: Tensor, vocab_size: int):
+        """Counts the tokens (N,)."""
+        counts = torch.bincount(tokens, minlength=vocab_size).double() + 1.0
+        self.p = counts / counts.sum()
+        self.parameters = vocab_size
+
+    def log_p(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """log P(target), as `NGramModel.log_p` has it."""
+        return self.p.log()[targets]
+
+
 class NGramModel:
     """Interpolated Kneser-Ney (Kneser and Ney 1995; Chen and Goodman 1998, section 2.7).
 

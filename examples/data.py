@@ -53,10 +53,7 @@ def read_text(path: Path | None, limit: int) -> bytes:
     random.Random(0).shuffle(files)
     pieces, size = [], 0
     for file in files:
-        try:
-            piece = file.read_bytes()
-        except OSError as error:
-            raise DataError(f"cannot read {file}: {error.strerror}") from error
+        piece = read_file(file)
         if b"\0" in piece:  # not text
             continue
         pieces.append(piece)
@@ -69,10 +66,18 @@ def read_text(path: Path | None, limit: int) -> bytes:
     return text
 
 
+def read_file(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+
+
 class Docstring(NamedTuple):
     """What a module of the standard library says of itself or of a class or function in it."""
 
     package: str  # "asyncio", "email", "tkinter", ...: its topic
+    signature: str  # what it documents, in words: "json encoder iter encode (o, one shot)"
     summary: str  # the first line
     body: str  # the other lines, cleaned; may be empty
 
@@ -88,12 +93,31 @@ def docstrings() -> list[Docstring]:
             continue
         package = file.relative_to(root).parts[0].removesuffix(".py")
         kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        owner = {tree: file.stem}  # of each node, the class or else the module that it is in
         for node in ast.walk(tree):
+            inner = node.name if isinstance(node, ast.ClassDef) else owner[node]
+            owner.update(dict.fromkeys(ast.iter_child_nodes(node), inner))
             text = ast.get_docstring(node) if isinstance(node, kinds) else None
             if text and text.strip():
                 summary, _, body = inspect.cleandoc(text).strip().partition("\n")
-                found.setdefault(text, Docstring(package, clean(summary), clean(body)))
+                what = signature(node, owner[node])
+                found.setdefault(text, Docstring(package, what, clean(summary), clean(body)))
     return list(found.values())
+
+
+def signature(node: ast.AST, owner: str) -> str:
+    """A module, class or function in words, with the owner and the arguments it has, if any."""
+    name = getattr(node, "name", "")
+    arguments = ""
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+        arguments = f"({', '.join(words(a) for a in names if a not in ('self', 'cls'))})"
+    return " ".join(filter(None, (words(owner), words(name), arguments)))
+
+
+def words(name: str) -> str:
+    """JSONEncoder_v2 -> json encoder v 2"""
+    return " ".join(re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+", name)).lower()
 
 
 class Passage(NamedTuple):
@@ -130,7 +154,7 @@ def passages(path: Path | None) -> tuple[Passage, ...]:
     found: dict[str, Passage] = {}
     for file in sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]:
         place = file.relative_to(root)
-        content = file.read_bytes()
+        content = read_file(file)
         if b"\0" in content or any(part.startswith(".") for part in place.parts):
             continue
         topic = place.parts[0] if len(place.parts) > 1 else place.stem
@@ -182,6 +206,9 @@ class ByteTokenizer:
 
     vocab_size = 256
 
+    def to_json(self) -> str:
+        return ""
+
     def encode(self, text: bytes) -> Tensor:
         return torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
 
@@ -202,9 +229,14 @@ class BPETokenizer:
     def train(
         cls, text: bytes, vocab_size: int, special_tokens: Sequence[str] = ()
     ) -> BPETokenizer:
-        """Special tokens ("[PAD]", "[MASK]", ...) get the first ids; text never encodes to them."""
+        """Special tokens ("[PAD]", "[MASK]", ...) get the first ids; text never encodes to them.
+        DataError where `vocab_size` is less than the bytes and these.
+        """
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+        least = 256 + len(special_tokens)
+        if vocab_size < least:
+            raise DataError(f"--vocab {vocab_size}: at least {least}, every byte and special token")
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
@@ -218,18 +250,16 @@ class BPETokenizer:
         tokenizer.encode_special_tokens = True  # as any other text
         return cls(tokenizer)
 
+    def to_json(self) -> str:
+        """As the tokenizers library writes it, and a checkpoint keeps it."""
+        return self.tokenizer.to_str()
+
     @classmethod
-    def load(cls, path: Path) -> BPETokenizer:
-        """From the file that a training script left."""
+    def from_json(cls, text: str) -> BPETokenizer:
         from tokenizers import Tokenizer
 
-        if not path.exists():
-            raise DataError(f"there is no {path}: it is written beside the checkpoint")
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # what tokenizers raises has no class of its own
-            raise DataError(f"{path} is not a tokenizer: {error}") from error
-        tokenizer.encode_special_tokens = True  # as any other text; the file does not say it
+        tokenizer = Tokenizer.from_str(text)
+        tokenizer.encode_special_tokens = True  # as any other text; the JSON does not say it
         return cls(tokenizer)
 
     @classmethod
@@ -324,8 +354,10 @@ def read_pairs(path: Path) -> list[Pair]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         raise DataError(f"--data {path}: there is no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--data {path}: {error}") from error
+    except OSError as error:
+        raise DataError(f"--data {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"--data {path} is no UTF-8 text: {error}") from error
     found: dict[Pair, None] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():

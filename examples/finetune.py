@@ -59,8 +59,8 @@ STARTS = ("pre-trained", "from scratch")
 
 
 def parser() -> argparse.ArgumentParser:
-    defaults = {"out": "runs/finetune", "steps": 100, "batch": 16, "lr": 1e-3}
-    parser = pretrain.arguments_after(__doc__, **defaults)
+    defaults = {"steps": 100, "batch": 16, "lr": 1e-3, "save_every": 25}
+    parser = pretrain.arguments_after(__doc__, "finetune", **defaults)
     add = parser.add_argument
     add("--topics", type=positive, default=12, help="the most frequent so many [12]")
     add("--labels", type=positive, default=8, help="labelled texts of each topic [8]")

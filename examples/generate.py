@@ -30,11 +30,14 @@ try:
     from rich.panel import Panel
     from rich.table import Table
     from rich.text import Text
-    from train_lm import load_or_train
+    from train_lm import find_or_train, load
     from training import (
+        CHECKPOINT_HELP,
         attentions,
-        basic_arguments,
+        finite,
         median,
+        model_arguments,
+        number,
         plotting,
         positive,
         run_script,
@@ -49,20 +52,22 @@ PROMPTS = ("def ", "import os\n\nclass ", "    for i in range(")
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = basic_arguments(__doc__, out="runs/generate", quick="short texts and lengths")
+    parser = model_arguments(__doc__, out="runs/generate", quick="short texts and lengths")
     add = parser.add_argument
-    add("--model", type=Path, help="a folder that train_lm.py wrote to [runs/lm, if any]")
+    add("--checkpoint", type=Path, help=f"what train_lm.py left {CHECKPOINT_HELP}")
     add("--prompt", action="append", help="may be given several times")
     add("--way", action="append", choices=WAYS, help="may be given several times [all of them]")
-    add("--max-new-tokens", type=positive, default=48)
-    add("--stop", help="end where a token has this text in it")
-    add("--temperature", type=float, default=0.8)
-    add("--top-k", type=positive, default=20)
-    add("--top-p", type=float, default=0.9)
-    add("--beams", type=positive, default=4)
-    add("--length-penalty", type=float, default=1.0)
+    add("--max-new-tokens", type=positive, default=48, help="[48]")
+    add("--stop", type=text_to_stop_at, help="end where a token has this text in it; \\n works")
+    temperature = number(float, "a number of at least 0", lambda x: 0.0 <= x < float("inf"))
+    add("--temperature", type=temperature, default=0.8, help="of all ways that draw [0.8]")
+    add("--top-k", type=positive, default=20, help="[20]")
+    top_p = number(float, "in (0, 1]", lambda x: 0.0 < x <= 1.0)
+    add("--top-p", type=top_p, default=0.9, help="[0.9]")
+    add("--beams", type=positive, default=4, help="[4]")
+    add("--length-penalty", type=finite, default=1.0, help="of the beam search [1]")
     add("--measure", action="store_true", help="the KV cache: memory and time against recomputing")
-    add("--lengths", type=positive, nargs="+", default=[64, 128, 256, 512, 1024])
+    add("--lengths", type=positive, nargs="+", default=[64, 128, 256, 512, 1024], help="to measure")
     parser.set_defaults(quick_defaults={"max_new_tokens": 12, "lengths": [32, 64, 128]})
     return parser
 
@@ -79,11 +84,20 @@ def options_of(way: str, args: argparse.Namespace) -> dict[str, Any]:
     }[way]
 
 
+def text_to_stop_at(text: str) -> str:
+    try:  # so that \n can be typed
+        unescaped = text.encode("latin-1", "backslashreplace").decode("unicode_escape")
+    except UnicodeDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error.reason}") from None
+    if not unescaped:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return unescaped
+
+
 def stop_tokens(tokenizer: Any, text: str | None) -> list[int]:
     """The tokens that have this text in them."""
     if text is None:
         return []
-    text = text.encode().decode("unicode_escape")  # so that \n can be typed
     found = [i for i in range(tokenizer.vocab_size) if text in tokenizer.decode(torch.tensor([i]))]
     if not found:
         raise DataError(f"--stop {text!r}: no token has that in it; a single character may help")
@@ -138,16 +152,13 @@ def go_on(
             shown = Stream(prompts, tokenizer, live)
             if way != "beam" or args.beams == 1:
                 options["stream"] = lambda new, shown=shown: (shown(new), shown.live.refresh())
-            try:
-                output = model.generate(
-                    tokens.to(args.device),
-                    count,
-                    mask=mask.to(args.device),
-                    stop_tokens=stops,
-                    **options,
-                )
-            except ValueError as error:
-                raise DataError(str(error)) from error
+            output = model.generate(
+                tokens.to(args.device),
+                count,
+                mask=mask.to(args.device),
+                stop_tokens=stops,
+                **options,
+            )
         seconds = time.perf_counter() - started
         final = Stream(prompts, tokenizer)
         for row, ids in enumerate(output[:, tokens.shape[1] :].tolist()):
@@ -243,11 +254,12 @@ def plot_measured(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def work(args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    kind = attentions(args)[0]
-    model, tokenizer, source = load_or_train(args.model, args.out, kind, console)
+    checkpoint = find_or_train(args, console)
+    model, tokenizer = load(checkpoint, attentions(args)[0])
     model.to(args.device)
-    console.print(f"model: {source}")
-    metrics: dict[str, Any] = {"model_from": source, "ways": go_on(args, console, model, tokenizer)}
+    console.print(f"model: {checkpoint}")
+    made = go_on(args, console, model, tokenizer)
+    metrics: dict[str, Any] = {"checkpoint": str(checkpoint), "ways": made}
     if args.measure:
         metrics["measured"] = measure(args, model)
         show_measured(console, metrics["measured"])

@@ -1,29 +1,34 @@
 """The kernels' share of each task: a training step on fused, torch's own and naive kernels.
 
-    python examples/kernels_share.py              # about a minute on two quiet cores
-    fastattn bench --op task --full               # the same figures as a suite of the benchmark
+    python examples/kernels_share.py              # under four minutes on two quiet cores
+    python examples/kernels_share.py --resume     # go on after a kill
+    fastattn bench --op task --full               # the table alone, as a suite of the benchmark
 
-Times take turns, so that a slow second of the machine hits everyone; peak memory is measured in a
-process of its own, beyond the weights and the optimizer's state. Where the training scripts have
-left fused and naive loss curves in --runs (`--attention both`), share.png overlays them, and the
-table says how far apart they are. Needs `pip install fastattn[examples]`.
+Times of a step take turns, so that a slow second of the machine hits everyone; peak memory is
+measured in a process of its own, beyond the weights and the optimizer's state. Then each training
+script runs with `--attention both` for a few steps, and share.png lays the losses of fused and
+naive over each other. Needs `pip install fastattn[examples]`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 try:
-    from data import DataError
+    import finetune
+    import pretrain
+    import summarise
+    import train_lm
+    import translate
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
-    from training import basic_arguments, plotting, positive_float, run_script
+    from training import basic_arguments, plotting, positive, positive_float, run_script
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: pip install 'fastattn[examples]'") from None
 
@@ -33,13 +38,31 @@ from fastattn.bench.results import Result
 CONTENDERS = {"ours": "fused", "torch": "torch", "naive": "naive"}
 
 
+class Training(NamedTuple):
+    """A training script, and what it is to leave out for its losses' sake."""
+
+    main: Callable[[list[str]], dict[str, Any]]
+    options: tuple[str, ...] = ()
+
+
+FEW_OUTPUTS = ("--held-out=64", "--beams=1", "--samples=1")
+TRAININGS = {
+    "language model": Training(train_lm.main, ("--no-baselines",)),
+    "BERT": Training(pretrain.main),
+    "fine-tuning": Training(finetune.main, ("--seeds=1",)),
+    "translation": Training(translate.main, FEW_OUTPUTS),
+    "summary": Training(summarise.main, FEW_OUTPUTS),
+}
+
+
 def parser() -> argparse.ArgumentParser:
-    parser = basic_arguments(__doc__, out="runs/share", quick="shorter timing")
+    quick = "shorter timing and fewer steps"
+    parser = basic_arguments(__doc__, out="runs/share", quick=quick)
     add = parser.add_argument
     add("--seconds", type=positive_float, default=2.0, help="of timing, for each task [2]")
-    add("--task", action="append", choices=sorted({b.task for b in tasks.BENCHMARKS}), help="[all]")
-    add("--runs", type=Path, default=Path("runs"), help="where training scripts left theirs [runs]")
-    parser.set_defaults(quick_defaults={"seconds": 0.3})
+    add("--steps", type=positive, default=150, help="of each training, for its losses [150]")
+    add("--resume", action="store_true", help="go on from the checkpoints in --out, if any")
+    parser.set_defaults(quick_defaults={"seconds": 0.3, "steps": 10})
     return parser
 
 
@@ -54,23 +77,51 @@ def figures(result: Result) -> dict[str, Any]:
     }
 
 
-def loss_curves(folder: Path) -> dict[str, dict[str, Any]]:
-    """By the name of its folder, what each training with both kernels left."""
-    found = {}
-    for path in sorted(folder.glob("*/metrics.json")):
-        try:
-            metrics = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path} cannot be read: {error}") from error
-        if "loss_difference_max" in metrics:
-            found[path.parent.name] = metrics
-    return found
+def measure(console: Console, seconds: float) -> dict[str, Any]:
+    """A training step of every task, by its name and size."""
+    measured = {}
+    for benchmark in tasks.BENCHMARKS:
+        with console.status(f"{benchmark.task}, a training step"):
+            result = models.run(benchmark, seconds)
+        if result.failure:
+            raise RuntimeError(f"{benchmark.id}: {result.failure}")
+        name = benchmark.task.replace("_", " ")
+        measured[f"{name}, {benchmark.batch} x {benchmark.length}"] = figures(result)
+    return measured
+
+
+def train(args: argparse.Namespace, console: Console) -> dict[str, dict[str, Any]]:
+    """The losses of fused and naive in every training, and how far apart they are."""
+
+    def folder(name: str) -> Path:
+        return args.out / name.replace(" ", "-")
+
+    common = ["--attention=both", f"--steps={args.steps}", f"--seed={args.seed}"]
+    if args.resume:
+        common.append("--resume")
+    trained = {}
+    for name, training in TRAININGS.items():
+        console.rule(name)
+        options = [*common, *training.options, f"--out={folder(name)}"]
+        if training.main is finetune.main:
+            options.append(f"--pretrained={folder('BERT')}")
+        metrics = training.main(options)
+        if "starts" in metrics:
+            metrics = metrics["starts"]["pre-trained"]["seeds"][0]
+        trained[name] = {
+            "losses": {kind: metrics["runs"][kind]["losses"] for kind in ("fused", "naive")},
+            "loss_difference_max": metrics["loss_difference_max"],
+            "step_time_ratio": metrics["step_time_ratio"],
+        }
+    console.rule()
+    return trained
 
 
 def show(console: Console, metrics: dict[str, Any]) -> None:
     names = CONTENDERS.values()
-    table = Table(title="A training step: ms, and MB beyond weights and optimizer")
-    table.add_column("task")
+    title = "A training step: ms, and MB beyond weights and optimizer"
+    table = Table(title=title, box=SIMPLE, padding=(0, 0))  # within 80 columns
+    table.add_column("task", min_width=16)
     for name in names:
         table.add_column(f"{name}\nms", justify="right")
     for name in list(names)[1:]:
@@ -81,55 +132,42 @@ def show(console: Console, metrics: dict[str, Any]) -> None:
         cells = [f"{row['step_ms'][name]:.1f}" for name in names]
         cells += [f"{row['over_fused'][name]:.2f} x" for name in list(names)[1:]]
         cells += [f"{row['peak_mb'][n]:.0f}" if n in row["peak_mb"] else "" for n in names]
-        table.add_row(task.replace("_", " "), *cells)
+        table.add_row(task, *cells)
     console.print(table)
     for name, run in metrics["trained"].items():
+        losses = run["losses"]["fused"]
         console.print(
-            f"{name}: over {run['steps']} steps the losses of fused and naive differ by at most "
-            f"{run['loss_difference_max']:.1e}; naive took {run['step_time_ratio']:.2f} x the time"
+            f"{name}: the loss falls from {losses[0]:.2f} to {losses[-1]:.2f} in {len(losses)} "
+            f"steps; those of fused and naive differ by at most {run['loss_difference_max']:.1e}; "
+            f"naive takes {run['step_time_ratio']:.2f} x the time"
         )
 
 
-def plot_curves(path: Path, curves: dict[str, dict[str, Any]]) -> None:
+def plot_losses(path: Path, trained: dict[str, dict[str, Any]]) -> None:
     with plotting(path) as axes:
-        for i, (name, metrics) in enumerate(curves.items()):
-            fused, naive = (metrics["runs"][kind]["losses"] for kind in ("fused", "naive"))
+        for i, (name, run) in enumerate(trained.items()):
+            fused, naive = run["losses"]["fused"], run["losses"]["naive"]
             axes.plot(fused, color=f"C{i}", alpha=0.5, lw=2.5, label=f"{name}, fused")
-            axes.plot(naive, color="black", lw=0.7, ls=(0, (4, 3)), label=f"{name}, naive")
+            label = "" if i else "naive, each"
+            axes.plot(naive, color="black", lw=0.7, ls=(0, (4, 3)), label=label)
         axes.set(xlabel="step", ylabel="training loss", title="Fused and naive, one over the other")
-        axes.legend()
+        axes.figure.legend(loc="outside right upper")
         axes.grid(alpha=0.3)
 
 
 def work(args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    curves = loss_curves(args.runs)
-    measured = {}
-    for benchmark in tasks.BENCHMARKS:
-        if args.task and benchmark.task not in args.task:
-            continue
-        with console.status(f"{benchmark.task}, a training step"):
-            result = models.run(benchmark, args.seconds)
-        if result.failure:
-            raise RuntimeError(f"{benchmark.id}: {result.failure}")
-        measured[f"{benchmark.task}, {benchmark.batch} x {benchmark.length}"] = figures(result)
-    kept = ("loss_difference_max", "step_time_ratio")
-    trained = {
-        name: {"steps": len(m["loss_difference"]), **{key: m[key] for key in kept}}
-        for name, m in curves.items()
-    }
-    metrics = {"tasks": measured, "trained": trained}
+    metrics = {"tasks": measure(console, args.seconds), "trained": train(args, console)}
+    plot_losses(args.out / "share.png", metrics["trained"])
     show(console, metrics)
-    if curves:
-        plot_curves(args.out / "share.png", curves)
-    else:
-        console.print(f"no loss curves: nothing in {args.runs} was trained with --attention both")
-    console.print(f"{torch.get_num_threads()} threads; written to {args.out}")
+    threads = torch.get_num_threads()
+    console.print(f"{threads} threads; written to {args.out}: metrics.json, share.png")
     return metrics
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measure as the command line says; returns what metrics.json holds."""
-    return run_script(parser(), argv, work)
+    """Measure and train as the command line says; returns what metrics.json holds."""
+    needs = ["tokenizers", "sacrebleu", "rouge_score", "polib"]
+    return run_script(parser(), argv, work, lambda args: needs)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ Two tasks at once (Devlin et al. 2019, arXiv:1810.04805). Masked language model:
 here? Next sentence: is the second text what follows the first? A wrong second text comes from
 another passage and is about as long as the right one, so that length tells nothing.
 
-It writes to --out: metrics.json, loss.png, accuracy.png, checkpoint.pt, tokenizer.json. Needs
+It writes to --out: metrics.json, loss.png, accuracy.png, checkpoint.pt. Needs
 `pip install fastattn[examples]`.
 """
 
@@ -51,7 +51,6 @@ try:
         plotting,
         positive,
         read_checkpoint,
-        replacing,
         run_script,
         show_comparison,
         transformer_config,
@@ -68,8 +67,8 @@ MARGINS = {"masked": 0.08, "pairs": 0.20}  # above chance; what the default run 
 
 
 def parser() -> argparse.ArgumentParser:
-    defaults = {"out": "runs/bert", "steps": 2000, "batch": 32, "lr": 3e-3}
-    parser = arguments(__doc__, data_help=PASSAGES_HELP, **defaults, layers=2, heads=4)
+    defaults = {"steps": 2000, "batch": 32, "lr": 3e-3, "layers": 2, "heads": 4}
+    parser = arguments(__doc__, "bert", data_help=PASSAGES_HELP, **defaults)
     add = parser.add_argument
     add("--vocab", type=positive, default=2048, help="BPE tokens [2048]")
     add("--context", type=positive, default=64, help="tokens of a pair of texts, at most [64]")
@@ -187,8 +186,6 @@ def prepare(args: argparse.Namespace) -> tuple[Any, Pairs, Pairs]:
     training, held_out = split_passages(args.data, fewest=16)
     text = "\n".join(passage.text for passage in training).encode()
     tokenizer = BPETokenizer.train(text, args.vocab, SPECIAL)
-    with replacing(args.out / "tokenizer.json") as partial:
-        tokenizer.tokenizer.save(str(partial))
     half = (args.context - 3) // 2
     if half < 1:
         raise DataError(f"--context {args.context} has no room for a pair of texts: 5 or more")
@@ -322,6 +319,7 @@ def work(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         lambda step: training.random_batch(args.seed, step, args.batch),
         batches,
         fingerprint(batches[0].tokens, *(torch.tensor(pair.second) for pair in training.pairs)),
+        tokenizer=tokenizer.to_json(),
     )
     if first:
         console.print(f"resumed at step {first}")
@@ -332,8 +330,7 @@ def work(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     plot_losses(args.out / "loss.png", runs, {}, "BERT: masked token + next sentence, both losses")
     plot_accuracies(args.out / "accuracy.png", runs, by_chance)
     show(console, metrics)
-    written = "metrics.json, loss.png, accuracy.png, checkpoint.pt, tokenizer.json"
-    console.print(f"written to {args.out}: {written}")
+    console.print(f"written to {args.out}: metrics.json, loss.png, accuracy.png, checkpoint.pt")
     return metrics
 
 
@@ -356,10 +353,17 @@ class Pretrained(NamedTuple):
         """The configuration of the pre-trained encoder, with the dropout of `args`."""
         return bert_config(self.size(args), self.tokenizer.vocab_size, attention)
 
+    def model(self, attention: str) -> MaskedLanguageModel:
+        """The pre-trained model, to be asked."""
+        settings = argparse.Namespace(**self.settings)
+        model = masked_language_model(settings, self.tokenizer.vocab_size, attention)
+        model.load_state_dict(self.weights)
+        return model.eval()
 
-def arguments_after(description: str, **defaults: Any) -> argparse.ArgumentParser:
+
+def arguments_after(description: str, task: str, **defaults: Any) -> argparse.ArgumentParser:
     """The arguments of a script that starts from what this one left; its model has that size."""
-    parser = arguments(description, data_help=PASSAGES_HELP, **defaults)
+    parser = arguments(description, task, data_help=PASSAGES_HELP, **defaults)
     add = parser.add_argument
     add("--pretrained", type=Path, default=Path("runs/bert"), help="--out of pretrain.py")
     parser.set_defaults(d_model=None, layers=None, heads=None)
@@ -373,19 +377,26 @@ def pretrained(args: argparse.Namespace, console: Console) -> Pretrained:
             option = f"--{name.replace('_', '-')}"
             raise DataError(f"{option}: the size is the pre-trained model's, see pretrain.py")
     path = args.pretrained / "checkpoint.pt"
-    if not path.exists():
-        console.print(f"{path} is not there: pre-training first, with the defaults of pretrain.py")
+    if not path.exists() or (args.resume and not finished(read_checkpoint(path, "bert"))):
+        console.print(f"{path} is not finished: pre-training first, as pretrain.py does by default")
         data = [] if args.data is None else ["--data", str(args.data)]
-        main(["--out", str(args.pretrained), "--device", args.device, *data])
-    state = read_checkpoint(path)
-    settings, runs = state["settings"], state["runs"]
-    if "context" not in settings or state["step"] < settings["steps"]:
+        main(["--resume", "--out", str(args.pretrained), "--device", args.device, *data])
+    return read_pretrained(path)
+
+
+def finished(state: dict[str, Any]) -> bool:
+    return state["step"] == state["settings"]["steps"]
+
+
+def read_pretrained(checkpoint: Path) -> Pretrained:
+    state = read_checkpoint(checkpoint, "bert")
+    if not finished(state):
         raise DataError(
-            f"{path} is no finished pre-training: python examples/pretrain.py --resume "
-            f"--out {args.pretrained}, with the arguments it was begun with, goes on with it"
+            f"{checkpoint} is no finished pre-training: python examples/pretrain.py --resume "
+            f"--out {checkpoint.parent}, with the arguments it was begun with, goes on with it"
         )
-    tokenizer = BPETokenizer.load(args.pretrained / "tokenizer.json")
-    return Pretrained(tokenizer, next(iter(runs.values()))["model"], settings)
+    tokenizer = BPETokenizer.from_json(state["tokenizer"])
+    return Pretrained(tokenizer, next(iter(state["runs"].values()))["model"], state["settings"])
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

@@ -67,8 +67,8 @@ PICKS = ("none", "random", "similar", "diverse")
 
 
 def parser() -> argparse.ArgumentParser:
-    defaults = {"out": "runs/demonstrations", "steps": 1200, "batch": 8, "lr": 2e-3}
-    parser = pretrain.arguments_after(__doc__, **defaults)
+    defaults = {"steps": 1200, "batch": 8, "lr": 2e-3}
+    parser = pretrain.arguments_after(__doc__, "demonstrations", **defaults)
     add = parser.add_argument
     add("--shots", type=positive, default=4, help="demonstrations in a prompt [4]")
     add("--text", type=positive, default=24, help="tokens of a text, at most [24]")
@@ -384,9 +384,7 @@ def work(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     if first:
         console.print(f"resumed at step {first}")
 
-    attention = runs[0].name
-    encoder = MaskedLanguageModel(before.config(args, attention)).to(args.device)
-    encoder.load_state_dict(before.weights)
+    encoder = before.model(runs[0].name).to(args.device)
     metrics = compare(runs)
     metrics["picks"] = compare_picks(args, runs[0].model, encoder, pool, queries)
     metrics["queries"], metrics["shots"], metrics["resumed_at"] = len(queries), args.shots, first

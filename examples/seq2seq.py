@@ -17,6 +17,7 @@ from data import (
     Pair,
     clean,
     fingerprint,
+    normalised,
     pad,
     random_rows,
     split_pairs,
@@ -31,10 +32,12 @@ from training import (
     build_runs,
     compare,
     computing,
+    finite,
     fit,
+    fraction,
+    natural,
     plot_losses,
     positive,
-    replacing,
     show_comparison,
     transformer_config,
 )
@@ -52,26 +55,20 @@ Score = Callable[[Sequence[str], Sequence[str]], dict[str, float]]
 OF_SCORING = {"beams", "length_penalty", "samples"}  # may change after the training, with --resume
 
 
-def pair_arguments(description: str, **defaults: Any) -> argparse.ArgumentParser:
+def pair_arguments(description: str, task: str, **defaults: Any) -> argparse.ArgumentParser:
     """The command line of a script that learns from pairs."""
     what = "a text file of pairs, one a line: source, tab, target"
-    parser = arguments(description, data_help=what, **defaults)
+    parser = arguments(description, task, data_help=what, **defaults)
     add = parser.add_argument
     add("--vocab", type=positive, default=2000, help="BPE tokens, shared by both sides [2000]")
     add("--longest-source", type=positive, help="in tokens [%(default)s]")
     add("--longest-target", type=positive, help="in tokens [%(default)s]")
     add("--label-smoothing", type=fraction, default=0.1, help="[0.1]")
     add("--beams", type=positive, default=4, help="of the beam search [4]")
-    add("--length-penalty", type=float, default=1.0, help="of the beam search [1]")
+    add("--length-penalty", type=finite, default=1.0, help="of the beam search [1]")
     add("--held-out", type=positive, default=400, help="pairs held out, about [400]")
-    add("--samples", type=int, default=6, help="held-out pairs to show [6]")
+    add("--samples", type=natural, default=6, help="held-out pairs to show [6]")
     return parser
-
-
-def fraction(text: str) -> float:
-    if not 0.0 <= (value := float(text)) < 1.0:
-        raise argparse.ArgumentTypeError(f"must be in [0, 1), got {value}")
-    return value
 
 
 # ------------------------------------------------------------------------------- pairs as tokens
@@ -92,7 +89,12 @@ class TokenPair(NamedTuple):
     target: list[int]  # without START and STOP
 
 
-def make_corpus(args: argparse.Namespace, pairs: Sequence[Pair], truncate: bool = False) -> Corpus:
+def make_corpus(
+    args: argparse.Namespace,
+    pairs: Sequence[Pair],
+    truncate: bool = False,
+    training_only: Sequence[Pair] = (),
+) -> Corpus:
     """Split the pairs, train a tokenizer on those to train on, encode all. A source that is longer
     than --longest-source is cut there with `truncate`, else its pair is left out, as is one whose
     target is longer than --longest-target.
@@ -102,11 +104,12 @@ def make_corpus(args: argparse.Namespace, pairs: Sequence[Pair], truncate: bool 
             f"{len(pairs)} pairs are too few to hold {args.held_out} out: "
             "give more of them or a smaller --held-out"
         )
-    sides = split_pairs(pairs, args.held_out / len(pairs))
-    text = "\n".join(f"{pair.source}\n{pair.target}" for pair in sides[0])
+    training, held_out = split_pairs(pairs, args.held_out / len(pairs))
+    held_out_sources = {normalised(pair.source) for pair in held_out}
+    training += [p for p in training_only if normalised(p.source) not in held_out_sources]
+    sides = training, held_out
+    text = "\n".join(f"{pair.source}\n{pair.target}" for pair in training)
     tokenizer = BPETokenizer.train(text.encode(), args.vocab, SPECIAL_TOKENS)
-    with replacing(args.out / "tokenizer.json") as partial:
-        tokenizer.tokenizer.save(str(partial))
     kept: list[tuple[list[Pair], list[TokenPair]]] = []
     for side in sides:
         fitting = []
@@ -123,8 +126,8 @@ def make_corpus(args: argparse.Namespace, pairs: Sequence[Pair], truncate: bool 
             )
         texts, tokens = zip(*fitting, strict=True)
         kept.append((list(texts), list(tokens)))
-    (training, training_tokens), (held_out, held_out_tokens) = kept
-    return Corpus(tokenizer, training, held_out, training_tokens, held_out_tokens)
+    (training_texts, training_tokens), (held_out_texts, held_out_tokens) = kept
+    return Corpus(tokenizer, training_texts, held_out_texts, training_tokens, held_out_tokens)
 
 
 # ------------------------------------------------------------------------------------- batches
@@ -149,6 +152,7 @@ def make_batch(pairs: Sequence[TokenPair]) -> Batch:
 
 POOL = 8  # batches that are dealt out together
 SCORED_TOGETHER = 64  # pairs
+SHOWN = 300  # characters of a sample
 
 
 def random_batch(pairs: Sequence[TokenPair], seed: int, step: int, batch: int) -> Batch:
@@ -269,6 +273,7 @@ def learn(
         lambda step: random_batch(corpus.training_tokens, args.seed, step, args.batch),
         even_batches(corpus.held_out_tokens),
         fingerprint(torch.tensor(tokens)),
+        tokenizer=corpus.tokenizer.to_json(),
     )
     if first:
         console.print(f"resumed at step {first}")
@@ -294,7 +299,7 @@ def learn(
     metrics["resumed_at"] = first
     plot_losses(args.out / "loss.png", runs, {}, title)
     show(console, metrics, title)
-    console.print(f"written to {args.out}: metrics.json, loss.png, checkpoint.pt, tokenizer.json")
+    console.print(f"written to {args.out}: metrics.json, loss.png, checkpoint.pt")
     return metrics
 
 
@@ -319,4 +324,5 @@ def show(console: Console, metrics: dict[str, Any], title: str) -> None:
     for sample in metrics["samples"]:
         console.print()
         for name, text in sample.items():
-            console.print(Text.assemble((f"{name:>7}  ", "dim"), text))
+            shown = text if len(text) <= SHOWN else f"{text[:SHOWN]} ..."
+            console.print(Text.assemble((f"{name:>7}  ", "dim"), shown))

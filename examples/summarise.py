@@ -1,11 +1,11 @@
-"""Train an encoder-decoder to summarise: from the text of a docstring to its first line.
+"""Train an encoder-decoder to summarise: a docstring, and what it documents, to its first line.
 
     python examples/summarise.py                         # docstrings of Python's library; 3 minutes
     python examples/summarise.py --data pairs.tsv        # your own: text, tab, summary
     python examples/summarise.py --attention both        # fused and naive side by side
     python examples/summarise.py ... --resume            # go on after a kill
 
-It writes to --out: metrics.json, loss.png, checkpoint.pt and tokenizer.json. Needs
+It writes to --out: metrics.json, loss.png, checkpoint.pt. Needs
 `pip install fastattn[examples]`.
 """
 
@@ -26,22 +26,26 @@ except ModuleNotFoundError as error:
 
 
 def parser() -> argparse.ArgumentParser:
-    defaults = {"out": "runs/summarise", "steps": 2000, "batch": 32, "lr": 3e-3}
+    defaults = {"steps": 1800, "batch": 32, "lr": 3e-3}
     model = {"layers": 2, "heads": 4, "dropout": 0.1, "longest_source": 64, "longest_target": 24}
-    parser = pair_arguments(__doc__, **defaults, **model)
+    parser = pair_arguments(__doc__, "summarise", **defaults, **model)
     parser.set_defaults(quick_defaults={"attention": "both", "steps": 160, "held_out": 100})
     return parser
 
 
-def docstring_pairs() -> list[Pair]:
-    """The body and the first line of docstrings. Where the first line is no sentence of its own,
-    but goes on in the body, it is no summary.
+def docstring_pairs() -> tuple[list[Pair], list[Pair]]:
+    """(pairs to summarise, pairs to train on besides). A source is what a docstring documents, its
+    name and arguments, and all of its text but the first line, which is the target. Docstrings of
+    one line have a name to learn from and no text to summarise. Where the first line is no sentence
+    of its own, but goes on in the next, it is no summary.
     """
-    return [
-        Pair(body, summary)
-        for _, summary, body in docstrings()
-        if len(body.split()) >= 5 and not (summary[-1] not in ".!?:" and body[0].islower())
-    ]
+    texts, names = [], []
+    for _, signature, summary, body in docstrings():
+        if len(body.split()) >= 5 and (summary[-1] in ".!?:" or not body[0].islower()):
+            texts.append(Pair(f"{signature} {body}", summary))
+        elif not body:
+            names.append(Pair(signature, summary))
+    return texts, names
 
 
 def rouge(summaries: Sequence[str], references: Sequence[str]) -> dict[str, float]:
@@ -61,7 +65,9 @@ def rouge(summaries: Sequence[str], references: Sequence[str]) -> dict[str, floa
 
 
 def leads(corpus: Corpus) -> list[str]:
-    """The first words of each held-out text, as many as a summary to train on has on average."""
+    """The first words of each held-out source, as many as a summary to train on has on average: of
+    a docstring these begin with its name and arguments, which say more than the text's first words.
+    """
     lengths = [len(pair.target.split()) for pair in corpus.training]
     mean = round(sum(lengths) / len(lengths))
     return [" ".join(pair.source.split()[:mean]) for pair in corpus.held_out]
@@ -74,8 +80,8 @@ def any_summaries(corpus: Corpus) -> list[str]:
 
 
 def work(args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    pairs = docstring_pairs() if args.data is None else read_pairs(args.data)
-    corpus = make_corpus(args, pairs, truncate=True)
+    pairs, more = docstring_pairs() if args.data is None else (read_pairs(args.data), [])
+    corpus = make_corpus(args, pairs, truncate=True, training_only=more)
     baselines = {
         "the first words": leads(corpus),
         "a summary of another text": any_summaries(corpus),

@@ -10,8 +10,7 @@ of the text, and an LSTM of as many parameters, which sees the same batches (--n
 them out). Learning rate and dropout are what did best for each: the LSTM wants three times the rate
 and twice the dropout. The LSTM learns faster at first; after 1,200 steps the Transformer is ahead.
 
-It writes to --out: metrics.json, loss.png, checkpoint.pt and, with BPE, tokenizer.json. Needs
-`pip install fastattn[examples]`.
+It writes to --out: metrics.json, loss.png, checkpoint.pt. Needs `pip install fastattn[examples]`.
 """
 
 from __future__ import annotations
@@ -19,7 +18,8 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 try:
-    from baselines import NGramModel, lstm_of
+    from baselines import NGramModel, UnigramModel, lstm_of
     from data import (
         BPETokenizer,
         ByteTokenizer,
@@ -48,11 +48,12 @@ try:
         compare,
         computing,
         fit,
+        fraction,
+        perplexity,
         plot_losses,
         positive,
         positive_float,
         read_checkpoint,
-        replacing,
         run_script,
         show_comparison,
         transformer_config,
@@ -68,7 +69,7 @@ TRAINED_FOR = 150  # steps of a model that is only there to show something
 def parser() -> argparse.ArgumentParser:
     size = {"d_model": 160, "layers": 2, "heads": 5}
     rates = {"lr": 4e-3, "dropout": 0.05}
-    parser = arguments(__doc__, out="runs/lm", steps=3300, batch=16, **size, **rates)
+    parser = arguments(__doc__, "lm", steps=3300, batch=16, **size, **rates)
     add = parser.add_argument
     add("--data-mb", type=positive_float, default=3.0, help="read at most so many megabytes [3]")
     add("--tokenizer", choices=("byte", "bpe"), default="bpe")
@@ -78,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
     add("--baselines", action=switch, default=True, help="an n-gram and an LSTM model beside it")
     add("--ngram", type=positive, default=5, help="order of the Kneser-Ney model [5]")
     add("--lstm-lr", type=positive_float, default=1.2e-2, help="highest learning rate of the LSTM")
-    add("--lstm-dropout", type=float, default=0.12, help="of the LSTM [0.12]")
+    add("--lstm-dropout", type=fraction, default=0.12, help="of the LSTM [0.12]")
     parser.set_defaults(quick_defaults={"attention": "both", "steps": 240, "baselines": False})
     return parser
 
@@ -90,8 +91,6 @@ def prepare(args: argparse.Namespace) -> tuple[Any, Tensor, Tensor, int]:
     tokenizer: Any = ByteTokenizer()
     if args.tokenizer == "bpe":
         tokenizer = BPETokenizer.train(text[:cut], args.vocab)
-        with replacing(args.out / "tokenizer.json") as partial:
-            tokenizer.tokenizer.save(str(partial))
     training, held_out = tokenizer.encode(text[:cut]), tokenizer.encode(text[cut:])
     if len(held_out) <= args.context:
         raise DataError(
@@ -100,20 +99,6 @@ def prepare(args: argparse.Namespace) -> tuple[Any, Tensor, Tensor, int]:
             "give more text or a shorter context"
         )
     return tokenizer, training, held_out, len(text) - cut
-
-
-def unigram_model(training: Tensor, targets: Tensor, vocab_size: int) -> dict[str, float]:
-    """What metrics.json says of a model that knows how frequent each token is, and nothing else."""
-    started = time.perf_counter()
-    counts = torch.bincount(training, minlength=vocab_size).double() + 1.0
-    seconds = time.perf_counter() - started
-    loss = -(counts / counts.sum()).log()[targets].mean().item()
-    return {
-        "parameters": vocab_size,
-        "training_seconds": seconds,
-        "loss": loss,
-        "perplexity": math.exp(loss),
-    }
 
 
 def language_model(args: argparse.Namespace, vocab_size: int, attention: str) -> LanguageModel:
@@ -129,58 +114,55 @@ def language_model(args: argparse.Namespace, vocab_size: int, attention: str) ->
     return LanguageModel(config)
 
 
-def load(folder: Path, attention: str = "fused") -> tuple[LanguageModel, Any]:
-    """(model, tokenizer) that this script left in a folder; DataError where there is none."""
-    path = folder / "checkpoint.pt"
-    if not path.exists():
-        raise DataError(f"{folder} has no checkpoint.pt: examples/train_lm.py --out {folder}")
-    state = read_checkpoint(path)
+def load(checkpoint: Path, attention: str = "fused") -> tuple[LanguageModel, Any]:
+    """(model, tokenizer) of a checkpoint of this script; DataError where it is none."""
+    state = read_checkpoint(checkpoint, "lm")
     settings = argparse.Namespace(**state["settings"])
-    weights = next(iter(state["runs"].values()))["model"]
-    try:
-        tokenizer: Any = ByteTokenizer()
-        if settings.tokenizer == "bpe":
-            tokenizer = BPETokenizer.load(folder / "tokenizer.json")
-        model = language_model(settings, tokenizer.vocab_size, attention)
-        model.load_state_dict(weights)
-    except (AttributeError, RuntimeError) as error:
-        raise DataError(f"{path} is not of this script: {error}") from error
+    tokenizer: Any = ByteTokenizer()
+    if settings.tokenizer == "bpe":
+        tokenizer = BPETokenizer.from_json(state["tokenizer"])
+    model = language_model(settings, tokenizer.vocab_size, attention)
+    model.load_state_dict(next(iter(state["runs"].values()))["model"])
     return model.eval(), tokenizer
 
 
-def load_or_train(
-    folder: Path | None, out: Path, attention: str, console: Console
-) -> tuple[LanguageModel, Any, str]:
-    """(model, tokenizer, where they are from): of a folder that this script left or, for None, of
-    runs/lm where there is one, else trained for a moment.
+def find_or_train(args: argparse.Namespace, console: Console) -> Path:
+    """--checkpoint or, where it is not given, that in runs/lm; if there is none, that of a model
+    that is trained for a moment.
     """
-    left = Path(parser().get_default("out"))
-    if folder is None and (left / "checkpoint.pt").exists():
-        folder = left
-    if folder is not None:
-        return *load(folder, attention), str(folder)
+    if args.checkpoint is not None:
+        return args.checkpoint
+    left = parser().get_default("out") / "checkpoint.pt"
+    if left.exists():
+        return left
     console.print(
         f"There is no trained model here: a tiny one is trained now, for {TRAINED_FOR} steps, and "
         "will make little sense. For a better one run examples/train_lm.py first.",
         style="yellow",
     )
+    out = args.out / "tiny-model"
     tiny = [f"--steps={TRAINED_FOR}", "--d-model=64", "--layers=2", "--heads=2", "--vocab=512"]
     tiny += ["--data-mb=0.5", "--no-baselines", "--resume"]
-    main([*tiny, f"--out={out / 'model'}"])
-    return *load(out / "model", attention), f"a tiny model, trained for {TRAINED_FOR} steps"
+    main([*tiny, f"--seed={args.seed}", f"--device={args.device}", f"--out={out}"])
+    return out / "checkpoint.pt"
 
 
-def ngram_model(args: argparse.Namespace, training: Tensor, held_out: Any, vocab: int) -> Any:
-    """What metrics.json says of the n-gram model: it counts all of the training text, once."""
+def count_text(
+    build: Callable[[Tensor, int], UnigramModel | NGramModel],
+    training: Tensor,
+    held_out: tuple[Tensor, Tensor],
+    vocab: int,
+) -> dict[str, float]:
+    """What metrics.json says of a model that counts all of the training text, once."""
     started = time.perf_counter()
-    model = NGramModel(training, vocab, args.ngram)
+    model = build(training, vocab)
     seconds = time.perf_counter() - started
     loss = -model.log_p(*held_out).mean().item()
     return {
         "parameters": model.parameters,
         "training_seconds": seconds,
         "loss": loss,
-        "perplexity": math.exp(loss),
+        "perplexity": perplexity(loss),
     }
 
 
@@ -243,7 +225,8 @@ def sample(run: Run, tokenizer: Any, held_out: Tensor, args: argparse.Namespace)
 def work(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     tokenizer, training, held_out, held_out_bytes = prepare(args)
     inputs, targets = even_windows(held_out, 128, args.context)
-    unigram = unigram_model(training, targets, tokenizer.vocab_size)
+    vocab = tokenizer.vocab_size
+    unigram = count_text(UnigramModel, training, (inputs, targets), vocab)
     console.print(
         f"{len(training):,} tokens to train on, {len(held_out):,} held out; "
         f"unigram perplexity {unigram['perplexity']:.2f}; {args.device}, {args.dtype}"
@@ -255,11 +238,11 @@ def work(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             logits = model(tokens)
         return cross_entropy(logits, following), following.numel()
 
-    vocab = tokenizer.vocab_size
     runs = build_runs(args, lambda kind: language_model(args, vocab, kind), loss)
     counted = {"unigram": unigram}
     if args.baselines:
-        counted["ngram"] = ngram_model(args, training, (inputs, targets), vocab)
+        ngram = partial(NGramModel, order=args.ngram)
+        counted["ngram"] = count_text(ngram, training, (inputs, targets), vocab)
         runs.append(lstm_run(args, runs[0], vocab))
     first = fit(
         args,
@@ -267,6 +250,7 @@ def work(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         lambda step: random_windows(training, args.seed, step, args.batch, args.context),
         list(zip(inputs.split(8), targets.split(8), strict=True)),
         fingerprint(training),
+        tokenizer=tokenizer.to_json(),
     )
     if first:
         console.print(f"resumed at step {first}")

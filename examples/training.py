@@ -1,7 +1,7 @@
 """What the training examples share: a command line, a training loop that survives a kill, a plot.
 
 Reading order: the command line (`arguments`, `run_script`), models by it (`transformer_config`,
-`build_runs`), the loop (`Run`, `fit`, `train`), what a run leaves (`compare`, `plot_losses`).
+`build_runs`), the loop (`Run`, `fit`), what a run leaves (`compare`, checkpoints, `plot_losses`).
 """
 
 from __future__ import annotations
@@ -41,58 +41,71 @@ NEUTRAL = {"quick", "data", "device", "out", "resume", "save_every"}
 
 
 DATA_HELP = "a text file or a folder of them, in place of what Python brings"
+CHECKPOINT_HELP = "[runs/lm/checkpoint.pt; where that is not, a tiny model is trained first]"
 
 
 def basic_arguments(
     description: str, *, out: str, quick: str, **defaults: Any
 ) -> argparse.ArgumentParser:
-    """The arguments of a script that shows something and trains nothing of its own."""
+    """The arguments that every script has."""
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
     add = parser.add_argument
-    kinds = ("fused", "naive", "torch", "both")
-    add("--attention", choices=kinds, default="fused", help="whose kernels; both: fused and naive")
     add("--quick", action="store_true", help=quick)
-    add("--device", type=usable, default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--seed", type=int, default=0)
+    add("--seed", type=seed, default=0)
     add("--out", type=Path, default=Path(out), help=f"where results go [{out}]")
     parser.set_defaults(quick_defaults={}, **defaults)
     return parser
 
 
+def model_arguments(
+    description: str, *, out: str, quick: str, **defaults: Any
+) -> argparse.ArgumentParser:
+    """The arguments of a script that runs a model."""
+    parser = basic_arguments(description, out=out, quick=quick, **defaults)
+    kinds = ("fused", "naive", "torch", "both")
+    whose = "whose kernels; both: fused and naive [fused]"
+    parser.add_argument("--attention", choices=kinds, default="fused", help=whose)
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=usable, default=here, help=f"[{here}]")
+    return parser
+
+
 def arguments(
-    description: str, *, out: str, data_help: str = DATA_HELP, **defaults: Any
+    description: str, task: str, *, data_help: str = DATA_HELP, **defaults: Any
 ) -> argparse.ArgumentParser:
     """The arguments that every training script has, with `defaults` of the script's own for them.
 
-    A script adds its own with `parser.add_argument`, and names what --quick changes with
+    `task` names what is learned: the results go to runs/TASK, and a checkpoint knows whose it is. A
+    script adds its own arguments with `parser.add_argument`, and names what --quick changes with
     `parser.set_defaults(quick_defaults={...})`.
     """
     quick = "fused and naive side by side, in under a minute"
-    parser = basic_arguments(description, out=out, quick=quick)
+    parser = model_arguments(description, out=f"runs/{task}", quick=quick, task=task)
     add = parser.add_argument
     add("--data", type=Path, help=data_help)
-    add("--steps", type=positive, default=600)
-    add("--batch", type=positive, default=8, help="sequences a step")
-    add("--d-model", type=positive, default=128)
-    add("--layers", type=positive, default=3)
-    add("--heads", type=positive, default=2)
-    add("--dropout", type=float, default=0.0, help="0 with --attention both, unless it is named")
-    add("--lr", type=positive_float, default=2e-3, help="the highest learning rate")
+    add("--steps", type=positive, default=600, help="[%(default)s]")
+    add("--batch", type=positive, default=8, help="sequences a step [%(default)s]")
+    add("--d-model", type=positive, default=128, help="width of the model [%(default)s]")
+    add("--layers", type=positive, default=3, help="[%(default)s]")
+    add("--heads", type=positive, default=2, help="[%(default)s]")
+    dropout = "0 with --attention both, unless it is named [%(default)s]"
+    add("--dropout", type=fraction, default=0.0, help=dropout)
+    add("--lr", type=positive_float, default=2e-3, help="the highest learning rate [%(default)s]")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: autocast")
     add("--resume", action="store_true", help="go on from the checkpoint in --out, if any")
-    add("--save-every", type=positive, default=25, help="steps between checkpoints")
+    add("--save-every", type=positive, default=100, help="steps between checkpoints [%(default)s]")
     parser.set_defaults(quick_defaults={"attention": "both"}, **defaults)
     return parser
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    first, _ = parser.parse_known_args(argv)
-    if first.quick:  # presets are defaults, so whatever is named beside --quick holds
-        parser.set_defaults(**first.quick_defaults)
-        first, _ = parser.parse_known_args(argv)
-    if first.attention == "both" and "dropout" in first:
-        parser.set_defaults(dropout=0.0)  # each would draw its own, and the losses part
     args = parser.parse_args(argv)
+    if args.quick:  # presets are defaults, so whatever is named beside --quick holds
+        parser.set_defaults(**args.quick_defaults)
+        args = parser.parse_args(argv)
+    if "dropout" in args and args.attention == "both":
+        parser.set_defaults(dropout=0.0)  # each would draw its own, and the losses part
+        args = parser.parse_args(argv)
     del args.quick_defaults
     return args
 
@@ -124,16 +137,24 @@ def run_script(
     return metrics
 
 
-def positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be positive, got {value}")
-    return value
+def number(kind: type, what: str, holds: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """A type of an argument: a number that something holds of."""
+
+    def parsed(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            if holds(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"must be {what}, got {text}")
+
+    return parsed
 
 
-def positive_float(text: str) -> float:
-    if not 0.0 < (value := float(text)) < math.inf:
-        raise argparse.ArgumentTypeError(f"must be positive, got {value}")
-    return value
+positive = number(int, "a positive integer", lambda n: n >= 1)
+natural = number(int, "an integer of at least 0", lambda n: n >= 0)
+seed = number(int, "an integer from 0 to 2^63 - 1", lambda n: 0 <= n < 2**63)
+positive_float = number(float, "a positive number", lambda x: 0.0 < x < math.inf)
+finite = number(float, "a finite number", math.isfinite)
+fraction = number(float, "in [0, 1)", lambda x: 0.0 <= x < 1.0)
 
 
 def usable(device: str) -> str:
@@ -284,47 +305,23 @@ def fit(
     held_out: Sequence[Any],
     data: str,
     name: str = "checkpoint",
+    tokenizer: str = "",
 ) -> int:
-    """Train as the command line says. `data` is a fingerprint of what is learned from: a checkpoint
-    of other data, or of other arguments, is refused. Returns the step it started from.
+    """Train the runs side by side, as the command line says, each step on the same batch, in turn:
+    what slows the machine down for a moment slows all of them. Returns the step it started from.
+
+    The checkpoint has the models, optimizers, losses, torch's random state and the step, and is
+    replaced in one piece, so that a run killed at any moment continues with --resume as if nothing
+    had happened. `data` is a fingerprint of what is learned from: DataError where the checkpoint is
+    of other data, or of other arguments. For those who will use the model, it has the `tokenizer`
+    too, as JSON.
     """
     settings = {k: v for k, v in vars(args).items() if k not in NEUTRAL}
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
-    return train(
-        runs,
-        batch_at,
-        held_out,
-        steps=args.steps,
-        warmup=max(1, args.steps // 10),
-        evaluate_every=max(1, args.steps // 5),
-        save_every=args.save_every,
-        checkpoint=args.out / f"{name}.pt",
-        settings={**settings, "data": data},
-        resume=args.resume,
-    )
-
-
-def train(
-    runs: list[Run],
-    batch_at: Callable[[int], Any],
-    held_out: Sequence[Any],
-    *,
-    steps: int,
-    warmup: int,
-    evaluate_every: int,
-    save_every: int,
-    checkpoint: Path,
-    settings: dict[str, Any],
-    resume: bool,
-) -> int:
-    """Train the runs side by side, each step on the same batch, in turn: what slows the machine
-    down for a moment slows all of them. Returns the step it started from.
-
-    The checkpoint has the models, optimizers, losses, torch's random state and the step, and is
-    replaced in one piece, so that a run killed at any moment continues with `resume` as if nothing
-    had happened. DataError where the checkpoint is of a run with other `settings`.
-    """
-    first = load_checkpoint(checkpoint, runs, settings) if resume else 0
+    settings["data"] = data
+    checkpoint = args.out / f"{name}.pt"
+    steps, warmup, evaluate_every = args.steps, max(1, args.steps // 10), max(1, args.steps // 5)
+    first = load_checkpoint(checkpoint, runs, settings) if args.resume else 0
     with progress_bar() as progress:
         task = progress.add_task("training", total=steps, completed=first, status="")
         for step in range(first, steps):
@@ -337,8 +334,8 @@ def train(
                 for run in runs:
                     run.held_out.append((done, run.evaluate(held_out)))
                     check_finite(run, step, run.held_out[-1][1])
-            if done % save_every == 0 or done == steps:
-                save_checkpoint(checkpoint, runs, settings, done)
+            if done % args.save_every == 0 or done == steps:
+                save_checkpoint(checkpoint, runs, done, settings, tokenizer)
             progress.update(task, advance=1, status=describe(runs))
     return first
 
@@ -351,8 +348,8 @@ def check_finite(run: Run, step: int, loss: float) -> None:
 def describe(runs: list[Run]) -> str:
     status = f"loss {runs[0].losses[-1]:.3f}"
     if runs[0].held_out:
-        status += f", held-out perplexity {perplexity(runs[0].held_out[-1][1]):.2f}"
-    times = (f"{run.name} {1e3 * median(run.seconds):.0f}" for run in runs)
+        status += f", held out {runs[0].held_out[-1][1]:.3f}"
+    times = (f"{run.name} {1e3 * median(run.seconds[-50:]):.0f}" for run in runs)
     return f"{status}, ms a step: {', '.join(times)}"
 
 
@@ -431,9 +428,12 @@ def replacing(path: Path) -> Iterator[Path]:
     os.replace(partial, path)
 
 
-def save_checkpoint(path: Path, runs: list[Run], settings: dict[str, Any], step: int) -> None:
+def save_checkpoint(
+    path: Path, runs: list[Run], step: int, settings: dict[str, Any], tokenizer: str
+) -> None:
     state = {
         "settings": settings,
+        "tokenizer": tokenizer,
         "step": step,
         "random": torch.get_rng_state(),
         "cuda_random": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -443,13 +443,18 @@ def save_checkpoint(path: Path, runs: list[Run], settings: dict[str, Any], step:
         torch.save(state, partial)
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What `save_checkpoint` wrote; DataError if it is something else."""
+def read_checkpoint(path: Path, *tasks: str) -> dict[str, Any]:
+    """What `save_checkpoint` wrote in training for one of the tasks; DataError if it is something
+    else."""
+    if not path.is_file():
+        raise DataError(f"there is no file {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        state["settings"], state["runs"]
+        found = state["settings"]["task"]
     except Exception as error:  # a broken pickle can raise anything
-        raise DataError(f"{path} is not a checkpoint of this script") from error
+        raise DataError(f"{path} is not a checkpoint of these examples") from error
+    if found not in tasks:
+        raise DataError(f"{path} is a checkpoint of the task {found}, not {' or '.join(tasks)}")
     return state
 
 
@@ -457,7 +462,7 @@ def load_checkpoint(path: Path, runs: list[Run], settings: dict[str, Any]) -> in
     """Put the runs back where the checkpoint has them; the steps done, 0 when there is none."""
     if not path.exists():
         return 0
-    state = read_checkpoint(path)
+    state = read_checkpoint(path, settings["task"])
     saved = state["settings"]
     changed = [k for k in sorted({*saved, *settings}) if saved.get(k) != settings.get(k)]
     if changed:

@@ -7,7 +7,7 @@
     python examples/translate.py --attention both        # fused and naive side by side
     python examples/translate.py ... --resume            # go on after a kill
 
-It writes to --out: metrics.json, loss.png, checkpoint.pt and tokenizer.json. Needs
+It writes to --out: metrics.json, loss.png, checkpoint.pt. Needs
 `pip install fastattn[examples]`.
 """
 
@@ -33,9 +33,9 @@ PACKAGES = ["plone.app.locales", "django"]
 
 
 def parser() -> argparse.ArgumentParser:
-    defaults = {"out": "runs/translate", "steps": 2500, "batch": 32, "lr": 3e-3}
+    defaults = {"steps": 2500, "batch": 32, "lr": 3e-3}
     model = {"layers": 2, "heads": 4, "dropout": 0.1, "longest_source": 64, "longest_target": 64}
-    parser = pair_arguments(__doc__, **defaults, **model)
+    parser = pair_arguments(__doc__, "translate", **defaults, **model)
     add = parser.add_argument
     packages = " and ".join(PACKAGES)
     add("--package", action="append", help=f"whose catalogues to read; repeatable [{packages}]")

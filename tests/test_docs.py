@@ -1,6 +1,7 @@
 """What the README and docs/ show is what happens: Python runs, names and files exist."""
 
 import ast
+import functools
 import re
 import shlex
 from pathlib import Path
@@ -53,28 +54,36 @@ def test_links_lead_somewhere(page):
         assert (page.parent / target).exists(), target
 
 
-def names_of(path):
-    """The functions, classes and methods of a file, "Class.method"."""
-    found = set()
+@functools.cache
+def named_in(path):
+    """The lines of each function, class and method of a file, by its name, "Class.method", without
+    comments."""
+    text = path.read_text(encoding="utf-8")
+    lines = [line.split("  # ")[0].strip() for line in text.splitlines()]
+    found = {}
 
     def visit(node, prefix=""):
         for child in ast.iter_child_nodes(node):
             if isinstance(child, (ast.FunctionDef, ast.ClassDef)):
-                found.add(prefix + child.name)
+                found[prefix + child.name] = lines[child.lineno - 1 : child.end_lineno]
                 visit(child, f"{prefix}{child.name}.")
 
-    visit(ast.parse(path.read_text(encoding="utf-8")))
+    visit(ast.parse(text))
     return found
 
 
-def test_the_textbook_names_what_is_there():
+def test_the_textbook_names_the_lines_that_are_there():
     text = (ROOT / "docs" / "textbook.md").read_text(encoding="utf-8")
-    named = re.findall(r"`([\w/]+\.py): ([\w.]+)`", text)
-    assert len(named) > 25
-    for file, name in named:
-        assert name in names_of(ROOT / file), f"{file} has no {name}"
-    for shown, target in re.findall(r"\[`([\w/]+\.py): [\w.]+`\]\(([^)]+)\)", text):
-        assert target == f"../{shown}"
+    link = r"\[`([\w/]+\.py): ([\w.]+)`\]\(([^)]+)\)"
+    named = re.findall(link, text)
+    assert len(named) == len(re.findall(r"\.py: ", text)) > 40
+    for file, name, target in named:
+        assert target == f"../{file}"
+        assert name in named_in(ROOT / file), f"{file} has no {name}"
+    quoted = re.findall(link + r": `([^`]+)`", text)
+    assert len(quoted) > 35
+    for file, name, _, line in quoted:
+        assert line in named_in(ROOT / file)[name], f"{file}: {name} has no line {line}"
 
 
 def test_every_public_function_has_its_place_in_the_api():

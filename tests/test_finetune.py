@@ -100,10 +100,17 @@ def test_without_pretrained_weights_the_pretraining_runs_first(
         return real([*argv, *TINY, "--steps=2", "--batch=8"])
 
     monkeypatch.setattr(finetune.pretrain, "main", small)
-    run(topic_texts, tmp_path / "new", tmp_path / "out", "--seeds=1", "--steps=1")
-    expected = ["--out", str(tmp_path / "new"), "--device", "cpu", "--data", str(topic_texts)]
+    new = tmp_path / "new"
+    run(topic_texts, new, tmp_path / "out", "--seeds=1", "--steps=1")
+    out = ["--out", str(new), "--device", "cpu"]
+    expected = ["--resume", *out, "--data", str(topic_texts)]
     assert called == [expected]
     assert "pre-training first" in capsys.readouterr().out
+
+    state = torch.load(new / "checkpoint.pt", weights_only=True)
+    torch.save({**state, "step": 1}, new / "checkpoint.pt")  # as if killed after its first step
+    run(topic_texts, new, tmp_path / "out2", "--seeds=1", "--steps=1", "--resume")
+    assert called == [expected] * 2
 
 
 def test_errors(topic_texts, pretrained, tmp_path, capsys):
@@ -119,8 +126,9 @@ def test_errors(topic_texts, pretrained, tmp_path, capsys):
     state = torch.load(pretrained / "checkpoint.pt", weights_only=True)
     torch.save({**state, "step": 10}, tmp_path / "checkpoint.pt")
     assert "is no finished pre-training" in said("--pretrained", tmp_path)
-    torch.save(state, tmp_path / "checkpoint.pt")
-    assert "there is no" in said("--pretrained", tmp_path)  # tokenizer.json
+    other = {**state, "settings": {**state["settings"], "task": "lm"}}
+    torch.save(other, tmp_path / "checkpoint.pt")
+    assert "is a checkpoint of the task lm, not bert" in said("--pretrained", tmp_path)
     run(topic_texts, pretrained, tmp_path / "out", "--seeds=1", "--steps=1")
     assert "steps: 1 then, 2 now" in said(*FEW, "--seeds", 1, "--steps", 2, "--resume")
 

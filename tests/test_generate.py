@@ -14,14 +14,16 @@ import generate
 import kernels_share
 import show_attention
 import train_lm
+from bert_texts import write_texts
 from test_train_lm import TINY
 
 from fastattn.bench import tasks
+from fastattn.models.kernels import naive_attention
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder that train_lm.py wrote to, with fused and naive in it."""
+    """A checkpoint that train_lm.py left, with fused and naive in it."""
     folder = tmp_path_factory.mktemp("runs")
     source = folder / "counting.txt"
     source.write_text("".join(f"{i % 50} and {i % 9} are {i % 50 + i % 9}.\n" for i in range(4000)))
@@ -30,11 +32,11 @@ def trained(tmp_path_factory):
     options = ["--tokenizer=bpe", "--vocab=280", "--attention=both", "--lr=1e-2", "--steps=40"]
     train_lm.main([*TINY, *options, f"--data={source}", f"--out={folder / 'lm'}"])
     torch.set_num_threads(threads)
-    return folder / "lm"
+    return folder / "lm" / "checkpoint.pt"
 
 
 def go_on(trained, out, *more):
-    common = [f"--model={trained}", f"--out={out}", "--quick", "--max-new-tokens=8"]
+    common = [f"--checkpoint={trained}", f"--out={out}", "--quick", "--max-new-tokens=8"]
     return generate.main([*common, *more])
 
 
@@ -105,7 +107,7 @@ def test_the_cache_is_measured(trained, tmp_path):
 
 
 def test_attention_is_shown_and_is_what_the_kernel_does(trained, tmp_path):
-    metrics = show_attention.main([f"--model={trained}", f"--out={tmp_path}"])
+    metrics = show_attention.main([f"--checkpoint={trained}", f"--out={tmp_path}"])
     saved = json.loads((tmp_path / "attention.json").read_text())
     weights = torch.tensor(saved["weights"])
     length = len(metrics["tokens"])
@@ -114,20 +116,33 @@ def test_attention_is_shown_and_is_what_the_kernel_does(trained, tmp_path):
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, length))
     assert weights.triu(1).abs().max() == 0  # nobody looks ahead
     assert weights[0, 0, -1].max() < 1.0
-    assert 0 <= metrics["largest_difference"] < 1e-5
+    assert 0 <= metrics["largest_difference"]["fused"] < 1e-5
     assert (tmp_path / "attention.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_kernel_that_is_wrong_is_noticed(trained, monkeypatch):
-    model, tokenizer = train_lm.load(trained)
-    wrong = lambda *args, **options: (
-        1.001
-        * show_attention.naive_attention_weights(*args[:2], causal=options["causal"])
-        @ args[2]
+def test_bert_looks_both_ways(pretrained, tmp_path):
+    metrics = show_attention.main(
+        [
+            f"--checkpoint={pretrained / 'checkpoint.pt'}",
+            f"--out={tmp_path}",
+            "--text=The rose $5",
+            "--attention=both",
+        ]
     )
-    monkeypatch.setattr(show_attention.fastattn, "attention", wrong)
+    assert metrics["tokens"][0] == "[CLS]" and metrics["tokens"][-1] == "[SEP]"
+    assert "".join(metrics["tokens"][1:-1]) == "The rose $5"
+    weights = torch.tensor(json.loads((tmp_path / "attention.json").read_text())["weights"])
+    torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+    assert weights.triu(1).amax() > 0
+    assert metrics["largest_difference"].keys() == {"fused", "naive"}
+    assert max(metrics["largest_difference"].values()) < 1e-5
+
+
+def test_a_kernel_that_is_wrong_is_noticed(trained):
+    model, tokenizer = train_lm.load(trained)
+    wrong = lambda *args, **options: 1.001 * naive_attention(*args, **options)
     with pytest.raises(AssertionError, match="not close"):
-        show_attention.watch(model, tokenizer.encode(b"12 and 5")[None])
+        show_attention.watch(model, tokenizer.encode(b"12 and 5")[None], wrong)
 
 
 def test_without_a_model_a_tiny_one_is_trained(tmp_path, monkeypatch, capsys):
@@ -135,46 +150,77 @@ def test_without_a_model_a_tiny_one_is_trained(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_lm, "TRAINED_FOR", 3)
     for _ in range(2):  # the second finds the first's
         metrics = show_attention.main(["--out=out"])
-    assert metrics["model_from"] == "a tiny model, trained for 3 steps"
+    assert metrics["checkpoint"] == "out/tiny-model/checkpoint.pt"
     assert "There is no trained model here" in capsys.readouterr().out
 
 
-def test_bad_models_and_prompts(trained, tmp_path, capsys):
+def test_bad_checkpoints_and_prompts(trained, pretrained, tmp_path, capsys):
     out = f"--out={tmp_path}"
-    model = f"--model={trained}"
+    model = f"--checkpoint={trained}"
 
     def said(*arguments):
         return error_of(capsys, generate.main, out, *arguments)
 
-    assert "has no checkpoint.pt" in said(f"--model={tmp_path}")
-    (tmp_path / "checkpoint.pt").write_bytes((trained / "checkpoint.pt").read_bytes())
-    assert "there is no" in said(f"--model={tmp_path}")  # tokenizer.json
+    assert "there is no file" in said(f"--checkpoint={tmp_path / 'none.pt'}")
+    assert "there is no file" in said(f"--checkpoint={trained.parent}")  # a folder
+    other = tmp_path / "other.pt"
+    other.write_bytes(b"\0\1")
+    assert "is not a checkpoint" in said(f"--checkpoint={other}")
+    bert = pretrained / "checkpoint.pt"
+    assert "is a checkpoint of the task bert, not lm" in said(f"--checkpoint={bert}")
     assert "must not be empty" in said(model, "--prompt=")
     assert "leaves no room" in said(model, f"--prompt={'long ' * 60}")
-    assert "top_p must be in" in said(model, "--top-p=2", "--way=top-p")
+    assert "--top-p: must be in (0, 1], got 2" in said(model, "--top-p=2")
+    assert "--top-k: must be a positive integer, got 0" in said(model, "--top-k=0")
+    assert "--beams: must be a positive integer, got 0" in said(model, "--beams=0")
+    assert "--temperature: must be a number of at least 0" in said(model, "--temperature=nan")
+    assert "--length-penalty: must be a finite number" in said(model, "--length-penalty=inf")
     assert "no token has that in it" in said(model, "--stop=no such token")
+    assert "--stop: must not be empty" in said(model, "--stop=")
+    assert "--stop: '\\\\x': truncated" in said(model, "--stop=\\x")
     attention = [out, model, "--text"]
     assert "--text is empty" in error_of(capsys, show_attention.main, *attention, "")
     assert "the model reads 32" in error_of(capsys, show_attention.main, *attention, "long " * 60)
 
 
 @pytest.fixture
-def small_tasks(monkeypatch):
+def small_share(monkeypatch, tmp_path):
+    """Every task at a tiny size."""
     small = [type(b)("train_step", 2, 32, width=32, layers=1) for b in tasks.BENCHMARKS[1:]]
     monkeypatch.setattr(tasks, "BENCHMARKS", tuple(small))
     monkeypatch.setattr(kernels_share.models, "_measure_peaks", lambda benchmark, result: None)
-    return small
+    texts = write_texts(tmp_path / "texts", passages=20)
+    pairs = tmp_path / "pairs.tsv"
+    pairs.write_text("".join(f"number {i} and more\tof {i}\n" for i in range(200)))
+    size = ("--batch=4", "--d-model=32", "--layers=1", "--heads=2", "--vocab=300")
+    options = {
+        "language model": (*size, "--context=16", f"--data={texts}"),
+        "BERT": (*size, "--context=32", f"--data={texts}"),
+        "fine-tuning": ("--labels=2", f"--data={texts}"),
+        "translation": (*size, f"--data={pairs}"),
+        "summary": (*size, f"--data={pairs}"),
+    }
+    for name, training in kernels_share.TRAININGS.items():
+        tiny = training._replace(options=(*training.options, *options[name]))
+        monkeypatch.setitem(kernels_share.TRAININGS, name, tiny)
 
 
-def test_the_kernels_share(trained, tmp_path, small_tasks):
-    runs = f"--runs={trained.parent}"
-    metrics = kernels_share.main([runs, f"--out={tmp_path}", "--seconds=0.01"])
-    assert len(metrics["tasks"]) == 4
+def test_the_kernels_share(small_share, tmp_path):
+    pytest.importorskip("sacrebleu")
+    pytest.importorskip("rouge_score")
+    pytest.importorskip("polib")
+    options = [f"--out={tmp_path}", "--seconds=0.01", "--steps=5", "--resume"]
+    metrics = kernels_share.main(options)
+    assert len(metrics["tasks"]) == 5
     for row in metrics["tasks"].values():
         assert row["checked"] == "error law passed"
         assert row["step_ms"].keys() == {"fused", "torch", "naive"}
         assert row["over_fused"].keys() == {"torch", "naive"}
-    assert metrics["trained"]["lm"]["loss_difference_max"] < 5e-5
+    assert metrics["trained"].keys() == kernels_share.TRAININGS.keys()
+    for run in metrics["trained"].values():
+        assert [len(losses) for losses in run["losses"].values()] == [5, 5]
+        assert run["loss_difference_max"] < 5e-6
+    assert kernels_share.main(options)["trained"] == metrics["trained"]  # all was there
     assert (tmp_path / "share.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -123,6 +123,9 @@ def test_refusals(pairs, tmp_path, capsys):
     assert "has no pairs" in refused("--data", bad)
     bad.write_text("one\tuno\ntwo dos\n")
     assert "line 2: expected a source, a tab and a target, got 0 tabs" in refused("--data", bad)
+    bad.write_bytes(b"\x89PNG\0")
+    assert "is no UTF-8 text" in refused("--data", bad)
+    assert "Is a directory" in refused("--data", tmp_path)
     bad.write_text("one\tuno\n" * 100)
     assert "1 pairs are too few to hold 20 out" in refused("--data", bad)
     assert "no pair fits" in refused("--data", pairs, "--longest-source", 1)
@@ -252,6 +255,40 @@ def test_a_corpus_keeps_the_held_out_apart(pairs, tmp_path):
             assert corpus.tokenizer.decode(torch.tensor(token.target)) == text.target
             assert len(token.target) <= 14
             assert min(token.source + token.target) > seq2seq.STOP
+
+
+def test_what_is_to_train_on_alone_is_never_held_out(pairs, tmp_path):
+    args = parsed("--out", str(tmp_path))
+    every = data.read_pairs(pairs)
+    before = seq2seq.make_corpus(args, every)
+    asked = before.held_out[0].source
+    more = [data.Pair("ten", "diez"), data.Pair(f"{asked.upper()}!", "known before it is asked")]
+    after = seq2seq.make_corpus(args, every, training_only=more)
+    assert after.held_out == before.held_out
+    assert after.training == [*before.training, more[0]]
+
+
+def test_docstrings_and_what_they_document(tmp_path, monkeypatch):
+    file = tmp_path / "cage.py"
+    file.write_text(
+        '''"""A cage for lions.
+
+It is shut and it locks
+by itself."""
+if True:
+    class BigHTTPCage2:
+        def openDoor(self, with_key, /, how=None, *, slowly=False):
+            "Open the door"
+        async def shut(self):
+            """This first line goes
+            on in the second one, and is no summary."""
+'''
+    )
+    monkeypatch.setattr(data, "standard_library", lambda: (tmp_path, [file]))
+    texts, names = summarise.docstring_pairs()
+    assert texts == [("cage It is shut and it locks by itself.", "A cage for lions.")]
+    signature = "big http cage 2 open door (with key, how, slowly)"
+    assert names == [(signature, "Open the door")]
 
 
 # --------------------------------------------------------------------------------- the figures

@@ -17,6 +17,7 @@ from examples_common import (  # noqa: F401, I001
 import data
 import train_lm
 import training
+from baselines import UnigramModel
 
 TINY = ["--steps=30", "--batch=2", "--context=32", "--lr=5e-3"]
 TINY += ["--d-model=32", "--layers=2", "--heads=2", "--dropout=0", "--tokenizer=byte"]
@@ -135,9 +136,17 @@ def test_bad_data(text, tmp_path, capsys):
     assert "has no text" in error_of(capsys, train_lm.main, "--data", folder)
     assert "shorter context" in error_of(capsys, train_lm.main, "--data", text, "--context", 10**6)
     assert "multiple of n_heads" in error_of(capsys, train_lm.main, "--data", text, "--heads", 7)
-    assert "must be positive" in error_of(capsys, train_lm.main, "--data", text, "--steps", 0)
-    assert "must be positive" in error_of(capsys, train_lm.main, "--data", text, "--lr", "nan")
-    assert "must be positive" in error_of(capsys, train_lm.main, "--data", text, "--data-mb", 0)
+    for named, expected in (
+        (("--steps", -1), "--steps: must be a positive integer, got -1"),
+        (("--steps", "ten"), "--steps: must be a positive integer, got ten"),
+        (("--lr", "nan"), "--lr: must be a positive number, got nan"),
+        (("--data-mb", 0), "--data-mb: must be a positive number, got 0"),
+        (("--dropout", 1), "--dropout: must be in [0, 1), got 1"),
+        (("--lstm-dropout", -0.1), "--lstm-dropout: must be in [0, 1), got -0.1"),
+        (("--seed", -1), "--seed: must be an integer from 0 to 2^63 - 1, got -1"),
+        (("--attention", "fusd"), "invalid choice: 'fusd'"),
+    ):
+        assert expected in error_of(capsys, train_lm.main, "--data", text, *named)
     assert "argument --device: abacus" in error_of(
         capsys, train_lm.main, "--data", text, "--device", "abacus"
     )
@@ -206,8 +215,9 @@ def test_targets_are_the_inputs_one_token_on():
 
 
 def test_unigram_baseline():
-    counted = torch.tensor([0, 0, 0, 1])  # with one added to each: 4, 2, 1 of 7
-    loss = train_lm.unigram_model(counted, torch.tensor([[0, 2]]), 3)["loss"]
+    counted, targets = torch.tensor([0, 0, 0, 1]), torch.tensor([[0, 2]])
+    loss = train_lm.count_text(UnigramModel, counted, (targets, targets), 3)["loss"]
+    # with one added to each: 4, 2, 1 of 7
     assert loss == pytest.approx(-(math.log(4 / 7) + math.log(1 / 7)) / 2)
 
 

@@ -67,7 +67,8 @@ def bench(console: Console, options: argparse.Namespace) -> int:
             console.line(model.id + goals(model))
         return 0
     if not kernels and not whole:
-        console.line("fastattn bench: no benchmark matches; see fastattn bench --list", BAD)
+        more = "fastattn bench --list" if options.full else "--full, and --list, for what there is"
+        console.line(f"fastattn bench: no benchmark matches; see {more}", BAD)
         return 2
 
     outcome = run(console, options, kernels, whole)

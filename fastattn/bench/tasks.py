@@ -135,29 +135,47 @@ class ClassificationTask(TaskBenchmark):
 
 
 class EncoderDecoderTask(TaskBenchmark):
-    """The second half of the tokens from the first, through cross-attention."""
+    """The last tokens from the first ones, through cross-attention."""
 
-    task = "encoder_decoder"
+    source: ClassVar[float]  # the share of the tokens that is given
 
     def build(self, config: Any) -> nn.Module:
         from ..models import EncoderDecoder
 
         return EncoderDecoder(config)
 
+    def sides(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        cut = round(self.source * tokens.shape[1])
+        return tokens[:, :cut], tokens[:, cut:]
+
     def logits(self, model: Any, tokens: Tensor) -> Tensor:
-        source, target = tokens.chunk(2, 1)
+        source, target = self.sides(tokens)
         return model(source, target, padding(source))
 
     def loss(self, model: Any, tokens: Tensor) -> Tensor:
         from ..models import cross_entropy
 
-        return cross_entropy(self.logits(model, tokens)[:, :-1], tokens.chunk(2, 1)[1][:, 1:])
+        target = self.sides(tokens)[1]
+        return cross_entropy(self.logits(model, tokens)[:, :-1], target[:, 1:])
+
+
+class TranslationTask(EncoderDecoderTask):
+    """Texts of about one length."""
+
+    task, source = "translation", 0.5
+
+
+class SummaryTask(EncoderDecoderTask):
+    """A short text from a long one."""
+
+    task, source = "summary", 8 / 11
 
 
 BENCHMARKS: tuple[TaskBenchmark, ...] = (
     LanguageModelTask("train_step", 16, 64, width=160, layers=2, heads=5, quick=False),
     LanguageModelTask("train_step", 4, 1024, quick=False),
     MaskedLanguageModelTask("train_step", 32, 64, layers=2, heads=4, vocabulary=2048, quick=False),
-    EncoderDecoderTask("train_step", 32, 128, layers=2, heads=4, vocabulary=2000, quick=False),
-    ClassificationTask("train_step", 32, 64, layers=2, heads=4, vocabulary=2048, quick=False),
+    ClassificationTask("train_step", 16, 64, layers=2, heads=4, vocabulary=2048, quick=False),
+    TranslationTask("train_step", 32, 128, layers=2, heads=4, vocabulary=2000, quick=False),
+    SummaryTask("train_step", 32, 88, layers=2, heads=4, vocabulary=2000, quick=False),
 )
