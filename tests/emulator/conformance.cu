@@ -54,8 +54,9 @@ struct Call {
 };
 
 template <typename Kernel>
-void run(const char* name, Kernel kernel, int threads, size_t shared, const Call& c) {
-  launch(name, kernel, Grid{}, threads, shared, Stream{}, c);
+void run(const char* name, Kernel kernel, int threads, size_t shared, const Call& c,
+         Grid grid = Grid{}) {
+  launch(name, kernel, grid, threads, shared, Stream{}, c);
 #ifndef FASTATTN_EMULATE
   check(cudaDeviceSynchronize(), name);
 #endif
@@ -112,6 +113,33 @@ void exchange() {
   expect("shuffles and barriers", out, [](int i) {
     const int t = i % 64, want[] = {t ^ 5, t / 32 * 32 + 7, 63 - t, 1, 0, 2 * (t ^ 31), 66};
     return float(want[i / 64]);
+  });
+}
+
+// Plain accesses of 2, 4 and 16 bytes by their names.
+struct alignas(16) Four {
+  float number[4];
+};
+FASTATTN_KERNEL(32, 1) shared_kernel(FASTATTN_PARAMS Call c) {
+  FASTATTN_SHARED(memory);
+  auto* fours = reinterpret_cast<Four*>(memory);
+  auto* halves = reinterpret_cast<bf16*>(memory + 512);
+  const int t = thread_x();
+  store_shared(fours + t, Four{{float(t), float(t + 100), float(t + 200), float(t + 300)}});
+  store_shared(halves + t, from_float<bf16>(float(2 * t)));
+  sync_warp();
+  const Four four = load_shared(fours + (t ^ 3));
+  for (int i = 0; i < 4; ++i) c.out[4 * t + i] = four.number[i];
+  c.out[128 + t] = load_shared(reinterpret_cast<const float*>(memory) + 4 * (31 - t) + 2);
+  c.out[160 + t] = to_float(load_shared(halves + (t ^ 1)));
+}
+
+void shared_memory() {
+  Array<float> out(192);
+  run("shared memory", shared_kernel, 32, 576, {nullptr, out.data, {}});
+  expect("shared memory", out, [](int i) {
+    if (i < 128) return float((i / 4 ^ 3) + i % 4 * 100);
+    return i < 160 ? float(31 - i % 32 + 200) : float(2 * (i % 32 ^ 1));
   });
 }
 
@@ -255,6 +283,42 @@ void numbers() {
 }
 
 // ---- sm_90a ------------------------------------------------------------------------------------
+
+// Two clusters of four blocks: each block reads what its thread's number has in the next block, and
+// again after it has changed.
+FASTATTN_KERNEL(64, 1) cluster_kernel(FASTATTN_PARAMS Call c) {
+#ifdef FASTATTN_SM90
+  FASTATTN_SHARED(memory);
+  auto* shared = reinterpret_cast<float*>(memory);
+  const int t = thread_x(), rank = cluster_rank(), next = (rank + 1) % cluster_size();
+  float* out = c.out + 256 * block_x();
+  out[t] = float(10 * rank + cluster_size());
+  shared[t] = float(1000 * block_x() + t);
+  arrive_cluster();
+  wait_cluster();
+  out[64 + t] = load_remote(shared + (t ^ 9), next);
+  out[128 + t] = load_remote(shared + t, rank);
+  arrive_cluster();
+  wait_cluster();
+  shared[t] = float(-1000 * block_x() - t);
+  arrive_cluster();
+  wait_cluster();
+  out[192 + t] = load_remote(shared + (63 - t), next);
+  arrive_cluster();
+  wait_cluster();
+#endif
+}
+
+void clusters() {
+  Array<float> out(8 * 256);
+  run("clusters", cluster_kernel, 64, 256, {nullptr, out.data, {}}, Grid{8, 1, 1, 4});
+  expect("clusters", out, [](int i) {
+    const int block = i / 256, t = i % 64, next = block / 4 * 4 + (block + 1) % 4;
+    const int want[] = {10 * (block % 4) + 4, 1000 * next + (t ^ 9), 1000 * block + t,
+                        -1000 * next - (63 - t)};
+    return float(want[i % 256 / 64]);
+  });
+}
 
 // Warp 0 hands numbers to warp 1 by a barrier, twice through its phases; then by a named barrier.
 FASTATTN_KERNEL(64, 1) barriers_kernel(FASTATTN_PARAMS Call c) {
@@ -463,12 +527,14 @@ int main(int count, char** arguments) {
     std::printf("%s, sm_%d\n", properties.name, capability);
 #endif
     exchange();
+    shared_memory();
     copies();
     matrices();
     multiply_of<bf16>("mma bf16");
     multiply_of<f16>("mma f16");
     numbers();
     if (capability == 90) {
+      clusters();
       barriers();
       box();
       products<bf16>();
