@@ -125,7 +125,7 @@ FASTATTN_KERNEL(256, 1)
 layer_norm_backward_kernel(FASTATTN_PARAMS Call c) {
   FASTATTN_SHARED(memory);
   constexpr int kN = kPack<T>;
-  const RowGroup<false> group(c.plan, memory);
+  RowGroup<false> group(c.plan, memory);
   const int64_t rows = c.p.rows.count(), width = c.p.width;
   const int64_t stride = int64_t(group.threads()) * kN, begin = int64_t(group.thread()) * kN;
   const int64_t first_row = group.first_row();
@@ -169,7 +169,7 @@ FASTATTN_KERNEL(kWideThreads, 1)
 layer_norm_backward_wide_kernel(FASTATTN_PARAMS Call c) {
   FASTATTN_SHARED(memory);
   constexpr int kN = kPack<T>;
-  const RowGroup<true> group(c.plan, memory);
+  RowGroup<true> group(c.plan, memory);
   auto* kept = reinterpret_cast<Pack<T>*>(memory + kReduceBytes);
   const int64_t rows = c.p.rows.count(), width = c.p.width;
   const int64_t stride = int64_t(group.threads()) * kN, begin = int64_t(group.thread()) * kN;

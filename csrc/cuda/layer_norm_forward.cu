@@ -126,7 +126,7 @@ FASTATTN_KERNEL(kHeld > 0 ? 512 : kWideThreads, 1)
 layer_norm_forward_kernel(FASTATTN_PARAMS Call c) {
   FASTATTN_SHARED(memory);
   const LayerNormParams& p = c.p;
-  const RowGroup<kHeld == 0> group(c.plan, memory);
+  RowGroup<kHeld == 0> group(c.plan, memory);
   auto* kept = reinterpret_cast<Pack<T>*>(memory + kReduceBytes);
   const int64_t rows = p.rows.count(), width = p.width;
   const float count = float(width);

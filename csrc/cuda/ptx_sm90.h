@@ -89,13 +89,13 @@ FASTATTN_DEVICE int cluster_size() {
   asm volatile("mov.u32 %0, %%cluster_nctarank;\n" : "=r"(size));
   return size;
 }
-// All threads of the cluster arrive, and each then waits until all have: what they wrote to shared
-// memory before they arrived is seen behind it. No block may end while others read of it.
-FASTATTN_DEVICE void arrive_cluster() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\n" ::: "memory");
-}
-FASTATTN_DEVICE void wait_cluster() {
-  asm volatile("barrier.cluster.wait.acquire.aligned;\n" ::: "memory");
+// Until all threads of the cluster have come here: what they wrote to shared memory before is seen
+// behind it. No block may end while others read its memory.
+FASTATTN_DEVICE void sync_cluster() {
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;\n" ::
+          : "memory");
 }
 // What the cluster's block `rank` has where p is in this block's shared memory.
 FASTATTN_DEVICE float load_remote(const float* p, int rank) {
@@ -116,8 +116,7 @@ FASTATTN_DEVICE float load_remote(const float* p, int rank) {
 
 FASTATTN_DEVICE int cluster_rank() { return 0; }
 FASTATTN_DEVICE int cluster_size() { return 1; }
-FASTATTN_DEVICE void arrive_cluster() {}
-FASTATTN_DEVICE void wait_cluster() {}
+FASTATTN_DEVICE void sync_cluster() {}
 FASTATTN_DEVICE float load_remote(const float* p, int) { return *p; }
 
 #endif

@@ -125,45 +125,50 @@ constexpr size_t kReduceBytes = 128;
 constexpr int kWideThreads = 512;  // more of them would have too few registers
 constexpr int kMaxCluster = 8;     // of every device that has clusters
 
-// A warp, a block, or where kClustered and launched so a cluster of blocks. Sums are taken in one
-// order, whatever the machine does.
-template <bool kClustered>
+// A warp, a block, or for wide rows all the blocks of a cluster. Sums are taken in one order,
+// whatever the machine does.
+template <bool kWide>
 struct RowGroup {
-  const RowPlan& plan;
+  RowPlan plan;   // a copy: nvcc takes more registers for a reference
   float* shared;  // 32 floats for a block; a warp needs none
-  int blocks = 1, rank = 0;
+  int blocks = 1, rank = 0, turn = 0;
 
   FASTATTN_DEVICE RowGroup(const RowPlan& p, unsigned char* memory)
       : plan(p), shared(reinterpret_cast<float*>(memory)) {
-    if (!kClustered) return;
+    if (!kWide) return;
     blocks = cluster_size();
     rank = cluster_rank();
-    if (blocks > 1) arrive_cluster();  // there is nothing to read yet
   }
-  // No thread of the cluster reads another block's memory any more: blocks may end.
+  // At the end of the kernel: until no thread of the cluster reads another block's memory any more.
   FASTATTN_DEVICE void leave() const {
-    if (blocks > 1) wait_cluster();
+    if (blocks > 1) sync_cluster();
   }
 
-  FASTATTN_DEVICE int threads() const { return plan.threads * blocks; }
-  FASTATTN_DEVICE int thread() const { return rank * plan.threads + thread_x() % plan.threads; }
-  FASTATTN_DEVICE int64_t first_row() const {
-    return int64_t(block_x() / blocks) * plan.groups + thread_x() / plan.threads;
+  FASTATTN_DEVICE int own_threads() const { return kWide ? kWideThreads : plan.threads; }
+  FASTATTN_DEVICE int threads() const { return own_threads() * blocks; }
+  FASTATTN_DEVICE int thread() const {
+    return kWide ? rank * kWideThreads + thread_x() : thread_x() % plan.threads;
   }
-  FASTATTN_DEVICE int64_t row_step() const { return int64_t(grid_x() / blocks) * plan.groups; }
+  FASTATTN_DEVICE int64_t first_row() const {
+    return kWide ? block_x() / blocks
+                 : int64_t(block_x()) * plan.groups + thread_x() / plan.threads;
+  }
+  FASTATTN_DEVICE int64_t row_step() const {
+    return kWide ? grid_x() / blocks : int64_t(grid_x()) * plan.groups;
+  }
 
   // Where this thread keeps its k-th of what its block holds of a row: `parts` of 16 bytes each, of
   // which neighbours are those of neighbouring threads, so that none share banks.
   FASTATTN_DEVICE int place(int k, int parts, int part) const {
-    return (k * parts + part) * plan.threads + thread_x();
+    return (k * parts + part) * kWideThreads + thread_x();
   }
 
   template <typename Join>
-  FASTATTN_DEVICE float join(float value, Join f) const {
+  FASTATTN_DEVICE float join(float value, Join f) {
     FASTATTN_UNROLL
     for (int lanes = 16; lanes; lanes >>= 1) value = f(value, shuffle_xor(value, lanes));
-    if (plan.threads == 32) return value;
-    const int warps = plan.threads / 32, warp = thread_x() / 32, lane = thread_x() % 32;
+    if (own_threads() == 32) return value;
+    const int warps = own_threads() / 32, warp = thread_x() / 32, lane = thread_x() % 32;
     sync_threads();  // the last result has been read
     if (lane == 0) store_shared(shared + warp, value);
     sync_threads();
@@ -175,33 +180,30 @@ struct RowGroup {
     return result;
   }
   // The value of the group's first thread.
-  FASTATTN_DEVICE float first(float value) const {
-    if (plan.threads == 32) return shuffle(value, 0);
+  FASTATTN_DEVICE float first(float value) {
+    if (own_threads() == 32) return shuffle(value, 0);
     if (blocks > 1) return shuffle(of_block(value), 0);
     sync_threads();
     if (thread_x() == 0) store_shared(shared, value);
     sync_threads();
     return load_shared(shared);
   }
-  FASTATTN_DEVICE float sum(float value) const {
+  FASTATTN_DEVICE float sum(float value) {
     return join(value, [](float a, float b) { return a + b; });
   }
-  FASTATTN_DEVICE float max(float value) const {
+  FASTATTN_DEVICE float max(float value) {
     return join(value, [](float a, float b) { return fmaxf(a, b); });
   }
 
  private:
-  // Lane l gets the value of the first thread of the cluster's block l % blocks. Between two calls
-  // all threads have arrived at the cluster's barrier: they have read what the last one put there.
-  FASTATTN_DEVICE float of_block(float value) const {
-    float* own = shared + kWideThreads / 32;  // behind the sums of the warps
-    wait_cluster();
+  // Lane l gets the value of the first thread of the cluster's block l % blocks. The calls take two
+  // places by turns: at the barrier of the next one all have read what was in the last one's.
+  FASTATTN_DEVICE float of_block(float value) {
+    float* own = shared + kWideThreads / 32 + turn;  // behind the sums of the warps
+    turn ^= 1;
     if (thread_x() == 0) store_shared(own, value);
-    arrive_cluster();
-    wait_cluster();
-    value = load_remote(own, thread_x() & (blocks - 1));
-    arrive_cluster();
-    return value;
+    sync_cluster();
+    return load_remote(own, thread_x() & (blocks - 1));
   }
 };
 

@@ -21,7 +21,7 @@ softmax_backward_kernel(FASTATTN_PARAMS Call c) {
   FASTATTN_SHARED(memory);
   constexpr int kN = kPack<T>;
   const SoftmaxGrads& g = c.g;
-  const RowGroup<kHeld == 0> group(c.plan, memory);
+  RowGroup<kHeld == 0> group(c.plan, memory);
   auto* kept = reinterpret_cast<Pack<T>*>(memory + kReduceBytes);
   const int64_t rows = g.rows.count(), width = g.width;
   const int64_t stride = int64_t(group.threads()) * kN, begin = int64_t(group.thread()) * kN;

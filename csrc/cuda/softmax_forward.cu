@@ -19,7 +19,7 @@ softmax_forward_kernel(FASTATTN_PARAMS Call c) {
   FASTATTN_SHARED(memory);
   constexpr int kN = kPack<T>;
   const SoftmaxParams& p = c.p;
-  const RowGroup<kHeld == 0> group(c.plan, memory);
+  RowGroup<kHeld == 0> group(c.plan, memory);
   auto* kept = reinterpret_cast<Pack<float>*>(memory + kReduceBytes);
   const int64_t rows = p.rows.count(), width = p.width;
   const int64_t stride = int64_t(group.threads()) * kN, begin = int64_t(group.thread()) * kN;

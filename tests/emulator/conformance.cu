@@ -294,18 +294,14 @@ FASTATTN_KERNEL(64, 1) cluster_kernel(FASTATTN_PARAMS Call c) {
   float* out = c.out + 256 * block_x();
   out[t] = float(10 * rank + cluster_size());
   shared[t] = float(1000 * block_x() + t);
-  arrive_cluster();
-  wait_cluster();
+  sync_cluster();
   out[64 + t] = load_remote(shared + (t ^ 9), next);
   out[128 + t] = load_remote(shared + t, rank);
-  arrive_cluster();
-  wait_cluster();
+  sync_cluster();
   shared[t] = float(-1000 * block_x() - t);
-  arrive_cluster();
-  wait_cluster();
+  sync_cluster();
   out[192 + t] = load_remote(shared + (63 - t), next);
-  arrive_cluster();
-  wait_cluster();
+  sync_cluster();
 #endif
 }
 

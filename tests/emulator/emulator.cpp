@@ -64,8 +64,6 @@ struct Thread {
   bool last = false;         // waits for the others alone
   std::vector<Copy> copies;  // under way; room for kMaxCopies, made by the host
   int64_t group = 0;         // that the next copy belongs to
-  int64_t cluster_phase = 0;
-  bool in_cluster_barrier = false;  // has arrived at it and not waited
 };
 
 #ifndef EMULATOR_TSAN  // which is slow enough without
@@ -117,7 +115,7 @@ struct Block {
   bool started = false;
 };
 
-// Where all threads of a cluster arrive, and later wait for the others to have arrived.
+// Where all threads of a cluster meet.
 struct ClusterBarrier {
   Where where{};
   int arrived = 0;
@@ -285,9 +283,6 @@ void thread_main() {
   Thread& t = *m.running;
   if (!t.copies.empty())
     end_launch(m, name_of(m, t) + ": ends with a copy that it never waited for");
-  if (t.in_cluster_barrier)
-    end_launch(m, name_of(m, t) + ": ends without waiting at the barrier of the cluster (" +
-                      text(m.cluster.where) + ")");
   Block& block = here(m);
   Warp& warp = block.warps[t.index / kLanes];
   const uint32_t bit = 1u << (t.index % kLanes);
@@ -381,8 +376,6 @@ void begin_block(Machine& m, int n, int set, int64_t first) {
     t.last = false;
     t.copies.clear();
     t.group = 0;
-    t.cluster_phase = 0;
-    t.in_cluster_barrier = false;
     t.context.prepare(thread_main);
   }
   for (int w = 0; w < m.warp_count; ++w) {
@@ -619,47 +612,35 @@ void wait_until(const char* name, bool (*ready)(void*), void* state, Where where
 
 // ---- clusters ----------------------------------------------------------------------------------
 
-void arrive_cluster(Where where) {
+void sync_cluster(Where where) {
   Machine& m = machine();
-  yield();
-  Thread& t = *m.running;
   ClusterBarrier& b = m.cluster;
-  if (t.in_cluster_barrier)
-    fail("barrier.cluster.arrive: this thread has arrived and not waited", where);
+  yield();
   if (!b.arrived) {
     b.where = where;
     for (int n = 0; n < m.block_count; ++n)
       if (m.blocks[n].done) fail("barrier.cluster: threads of the cluster have ended", where);
   } else if (b.where.line != where.line) {
-    fail("divergent: others are at the barrier of " + text(b.where), where);
+    fail("divergent: others are at the barrier of the cluster of " + text(b.where), where);
   }
-  t.in_cluster_barrier = true;
-  t.cluster_phase = b.phase;
-  __tsan_release(&b.sync[b.phase & 1]);
+  struct State {
+    const ClusterBarrier* barrier;
+    int64_t phase;
+  } state{&b, b.phase};
+  char* order = &b.sync[b.phase & 1];
+  __tsan_release(order);
   if (++b.arrived == m.block_count * m.launch->threads) {
     b.arrived = 0;
     ++b.phase;
   }
-}
-
-void wait_cluster(Where where) {
-  Machine& m = machine();
-  yield();
-  Thread& t = *m.running;
-  if (!t.in_cluster_barrier) fail("barrier.cluster.wait: this thread has not arrived", where);
-  struct State {
-    const ClusterBarrier* barrier;
-    int64_t phase;
-  } state{&m.cluster, t.cluster_phase};
   wait_until(
-      "barrier.cluster.wait",
+      "the barrier of the cluster",
       [](void* p) {
         const auto& s = *static_cast<State*>(p);
         return s.barrier->phase != s.phase;
       },
       &state, where);
-  t.in_cluster_barrier = false;
-  __tsan_acquire(&m.cluster.sync[t.cluster_phase & 1]);
+  __tsan_acquire(order);
 }
 
 const void* remote_shared(const void* p, size_t bytes, int rank, Where where) {

@@ -94,10 +94,8 @@ void wait_copies(int groups_left);
 // ready(state) is true, which the scheduler asks when no thread can run.
 void wait_until(const char* name, bool (*ready)(void*), void* state, Where where);
 
-// All threads of the cluster arrive, each then waits until all have: what they wrote before they
-// arrived is seen behind it.
-void arrive_cluster(Where where);
-void wait_cluster(Where where);
+// All threads of the cluster meet here: what they wrote before is seen behind it.
+void sync_cluster(Where where);
 // Where p, in this block's shared memory, lies in that of the cluster's block `rank`.
 const void* remote_shared(const void* p, size_t bytes, int rank, Where where);
 

@@ -45,8 +45,7 @@ inline void prefetch_map(const TensorMap*) {}
 
 inline int cluster_rank() { return emulator::cluster_rank(); }
 inline int cluster_size() { return emulator::cluster_size(); }
-inline void arrive_cluster(Where where = Where::here()) { emulator::arrive_cluster(where); }
-inline void wait_cluster(Where where = Where::here()) { emulator::wait_cluster(where); }
+inline void sync_cluster(Where where = Where::here()) { emulator::sync_cluster(where); }
 inline float load_remote(const float* p, int rank, Where where = Where::here()) {
   return *static_cast<const float*>(emulator::remote_shared(p, sizeof(float), rank, where));
 }

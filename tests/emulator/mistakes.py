@@ -207,39 +207,47 @@ MISTAKES = [
     ),
     # ---- clusters
     cluster(
-        "a number of another block read before it is there",
-        "    arrive_cluster();\n    wait_cluster();\n",
-        "",
+        "a number of another block read before the block is there",
+        "    sync_cluster();\n    return load_remote",
+        "    return load_remote",
+        says="may not have started",
     ),
     cluster(
         "a number overwritten before other blocks have read it",
-        "    wait_cluster();\n    if (thread_x() == 0) store_shared(own, value);\n",
-        "    if (thread_x() == 0) store_shared(own, value);\n    wait_cluster();\n",
+        "    turn ^= 1;\n",
+        "",
     ),
     cluster(
-        "no barrier between a store and its reading elsewhere",
-        "    arrive_cluster();\n    wait_cluster();\n    value = load_remote",
-        "    sync_threads();\n    value = load_remote",
+        "a number of another block overwritten while it is read",
+        "    turn ^= 1;\n",
+        "",
         caught="thread",
         says="data race",
     ),
     cluster(
-        "a block that may end while others read of it",
-        "    if (blocks > 1) wait_cluster();\n",
+        "a block that ends while others read its memory",
+        "    if (blocks > 1) sync_cluster();\n",
         "",
-        says="ends without waiting at the barrier of the cluster",
-    ),
-    cluster(
-        "a block read that has ended",
-        "    if (blocks > 1) wait_cluster();\n",
-        "    if (blocks > 1) wait_cluster(), load_remote(shared, rank ^ 1);\n",
         says="of the cluster has ended",
     ),
     cluster(
-        "a block read that may not have started",
-        "    if (blocks > 1) arrive_cluster();  //",
-        "    if (blocks > 1) load_remote(shared, rank ^ 1), arrive_cluster();  //",
-        says="may not have started",
+        "a barrier of the cluster that one block skips",
+        "    if (blocks > 1) sync_cluster();\n",
+        "    if (rank > 0) sync_cluster();\n",
+        says="threads of the cluster have ended",
+    ),
+    cluster(
+        "a barrier of the cluster for some of the threads",
+        "    if (blocks > 1) sync_cluster();\n",
+        "    if (blocks > 1 && thread_x() < 32) sync_cluster();\n",
+        says="ends while others wait for it at the barrier of the cluster",
+    ),
+    cluster(
+        "two barriers for the threads of a cluster",
+        "    if (thread_x() == 0) store_shared(own, value);\n    sync_cluster();\n",
+        "    if (thread_x() == 0) {\n      store_shared(own, value);\n      sync_cluster();\n"
+        "    } else {\n      sync_cluster();\n    }\n",
+        says="divergent",
     ),
     cluster(
         "a block that is not of the cluster",
@@ -254,27 +262,14 @@ MISTAKES = [
         says="ld.shared::cluster: out of shared memory",
     ),
     cluster(
-        "a barrier of the cluster that one block skips",
-        "    if (blocks > 1) arrive_cluster();  //",
-        "    if (rank > 0) arrive_cluster();  //",
-        says="this thread has not arrived",
-    ),
-    cluster(
-        "two barriers for the threads of a cluster",
-        "    if (thread_x() == 0) store_shared(own, value);\n    arrive_cluster();\n",
-        "    if (thread_x() == 0) {\n      store_shared(own, value);\n      arrive_cluster();\n"
-        "    } else {\n      arrive_cluster();\n    }\n",
-        says="divergent",
-    ),
-    cluster(
         "a cluster whose blocks all take the first one's part",
-        "rank * plan.threads + thread_x()",
+        "rank * kWideThreads + thread_x()",
         "thread_x()",
     ),
     cluster(
         "clusters that walk on as if they were blocks",
-        "int64_t(grid_x() / blocks) * plan.groups",
-        "int64_t(grid_x()) * plan.groups",
+        "kWide ? grid_x() / blocks",
+        "kWide ? grid_x()",
     ),
     cluster(
         "room for less than a block's part of the row",
@@ -284,8 +279,8 @@ MISTAKES = [
     ),
     cluster(
         "neighbouring threads whose numbers share banks",
-        "(k * parts + part) * plan.threads + thread_x()",
-        "(k * plan.threads + thread_x()) * parts + part",
+        "(k * parts + part) * kWideThreads + thread_x()",
+        "(k * kWideThreads + thread_x()) * parts + part",
         says="2 ways",
     ),
     # ---- arithmetic
