@@ -10,7 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent / "kernel_table"))
 import cuda_table
 
-LINE = cuda_table.Line("attention_forward/bf16/128", "sm_80", 200, 0, 0, 49152, 2, 128, 0, 28, 0)
+LINE = cuda_table.Line("attention_forward/bf16/128", "sm_80", 200, 0, 0, 49152, 2, 128, 0, 28, 0, 0)
 
 
 def said(before=LINE, line=LINE, **changes):
@@ -70,6 +70,9 @@ def test_a_kernel_without_its_instructions_is_said_without_a_table():
     assert said(None, hmma=0) == ["has no HMMA instruction"]
     hopper = LINE._replace(kernel="attention_forward_sm90/bf16/64/128", arch="sm_90", hgmma=24)
     assert said(None, hopper) == ["has no UTMALDG instruction"]
+    wide = LINE._replace(kernel="softmax_forward/f32/0")
+    assert said(None, wide) == []
+    assert said(None, wide, arch="sm_90") == ["has no UCGABAR instruction"]
 
 
 def test_names():
