@@ -145,7 +145,8 @@ struct RowGroup {
   }
 
   FASTATTN_DEVICE int own_threads() const { return kWide ? kWideThreads : plan.threads; }
-  FASTATTN_DEVICE int threads() const { return own_threads() * blocks; }
+  // Of a constant the steps through a row would be too, and nvcc keep an address for each number.
+  FASTATTN_DEVICE int threads() const { return plan.threads * blocks; }
   FASTATTN_DEVICE int thread() const {
     return kWide ? rank * kWideThreads + thread_x() : thread_x() % plan.threads;
   }

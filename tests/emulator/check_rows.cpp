@@ -165,7 +165,7 @@ int main(int count, char** arguments) {
     emulator::take_launches();
     check_layer_norm<float>(DType::kFloat32, 2, 10001, false, true, clusters);
     check_layer_norm<bf16>(DType::kBFloat16, 1, 20003, true, false, clusters);
-    check_softmax<float>(DType::kFloat32, 2, 9001, 1, false, clusters);
+    check_softmax<float>(DType::kFloat32, 3, 9001, 1, false, clusters);
     check_softmax<bf16>(DType::kBFloat16, 1, 18001, 1, true, clusters);
     if (failures) return;
     const auto launches = emulator::take_launches();

@@ -233,14 +233,14 @@ MISTAKES = [
     cluster(
         "a barrier of the cluster that one block skips",
         "    if (blocks > 1) sync_cluster();\n",
-        "    if (rank > 0) sync_cluster();\n",
-        says="threads of the cluster have ended",
+        "    if (rank == 0) sync_cluster();\n",
+        says="ends while others wait for it at the barrier of the cluster",
     ),
     cluster(
         "a barrier of the cluster for some of the threads",
         "    if (blocks > 1) sync_cluster();\n",
         "    if (blocks > 1 && thread_x() < 32) sync_cluster();\n",
-        says="ends while others wait for it at the barrier of the cluster",
+        says="threads of the cluster have ended",
     ),
     cluster(
         "two barriers for the threads of a cluster",
