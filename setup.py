@@ -76,8 +76,9 @@ RULE = ["description = $out"]
 if MSVC:
     RULE += ["command = $line /showIncludes", "deps = msvc"]
 else:  # not every compiler that fails takes away an older object, which must not be linked
-    RULE += ["command = $line -MMD -MF $out.d || (rm -f $out; false)"]
-    RULE += ["deps = gcc", "depfile = $out.d"]
+    # What a compiler says is kept beside the object, and shown.
+    command = "($line -MMD -MF $out.d 2>&1 || rm -f $out) > $out.log; cat $out.log; test -e $out"
+    RULE += [f"command = {command}", "deps = gcc", "depfile = $out.d"]
 GIGABYTES_PER_JOB = 1.0
 Command = tuple[str, str, list[str]]  # source, object, the compiler and its arguments
 
@@ -141,6 +142,7 @@ class BuildExtensions(build_ext):
         for old in Path(self.build_lib, "fastattn").glob("_c[pu][ud]*"):  # of an earlier build
             old.unlink()
         self.cuda_reason = "no C++ compiler at install"
+        self.cuda_warnings: list[str] | None = None
         reason = self.obstacle()
         if reason:
             print(f"fastattn: {reason}; every call will use the reference backend")
@@ -188,6 +190,9 @@ class BuildExtensions(build_ext):
         self.check_cuda()
         cuda = [] if self.cuda_reason else self.cuda_commands(toolkit)
         self.compile_all(sum(kernels, start=binding + cuda))
+        logs = [Path(f"{obj}.log") for source, obj, _ in cuda if source != CUDA_BINDING]
+        if logs and all(map(Path.exists, logs)):
+            self.cuda_warnings = [text for log in logs if (text := log.read_text().strip())]
         built = []
         parts = [binding + commands for commands in kernels] + [cuda]
         for ext, commands in zip(self.extensions, parts, strict=True):
@@ -240,6 +245,7 @@ class BuildExtensions(build_ext):
         if not ninja:  # without build isolation: no more than that everything is compiled anew
             for _, obj, _ in commands:
                 Path(obj).unlink(missing_ok=True)
+                Path(f"{obj}.log").unlink(missing_ok=True)
             with ThreadPoolExecutor(at_once) as pool:
                 list(pool.map(lambda command: self.succeeds(run, command[2]), commands))
             return
@@ -271,6 +277,7 @@ class BuildExtensions(build_ext):
             '"""Written by setup.py: what the install built."""\n\n'
             f"CPU_ISAS = {names!r}\nREASON = {reason!r}\nCOMPILER = {compiler[0]!r}\n"
             f"CUDA_REASON = {self.cuda_reason!r}\n"
+            f"CUDA_WARNINGS: list[str] | None = {self.cuda_warnings!r}\n"
         )
 
 

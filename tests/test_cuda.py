@@ -38,6 +38,7 @@ PROGRAMS = {
     name: build.EMULATOR / file
     for name, file in (
         ("check", "check.cpp"),
+        ("check_rows", "check_rows.cpp"),
         ("check_sm90", "check_sm90.cpp"),
         ("conformance", "conformance.cu"),
     )
@@ -156,6 +157,8 @@ def outcome(mistake, programs, folder):
     changed = build.including(mistake.file)
     if mistake.program != "check_sm90":  # which alone runs it
         changed -= {"attention_forward_sm90"}
+    if mistake.into:
+        changed &= {mistake.into}
     program = build.build(
         folder / "built",
         sanitizer,

@@ -7,7 +7,7 @@ import fastattn
 from fastattn import proof, testing
 from fastattn.backends import BACKENDS
 from fastattn.bench import gpu_table
-from fastattn.cases import CASES, DTYPES
+from fastattn.cases import CASES, DTYPES, LayerNormCase, SoftmaxCase
 
 HERE = [
     name
@@ -33,6 +33,15 @@ def test_case(case, backend):
     if backend == "cuda" and verdict.refusal:  # attention in float32, head dims over 256
         pytest.skip(verdict.refusal)
     assert verdict.passed and not verdict.refusal, verdict.problem or verdict.refusal
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [150_001, 400_000, 2_000_000])
+def test_rows_wider_than_shared_memory(width, dtype, backend):
+    """The cuda backend's clusters on sm_90, of two to eight blocks; then rows too wide for them."""
+    for case in (LayerNormCase, SoftmaxCase):
+        verdict = proof.prove(case("wide", shape=(3, width)).with_dtype(dtype), backend)
+        assert verdict.passed and not verdict.refusal, verdict.problem or verdict.refusal
 
 
 @pytest.mark.slow

@@ -29,6 +29,17 @@ needs_compiler = pytest.mark.skipif(
     reason="needs a C++ compiler",
 )
 
+# An environment in which no nvcc can be found.
+NO_NVCC = {"CUDA_HOME": "/nonexistent", "CUDA_PATH": "/nonexistent"} | {
+    "PATH": os.pathsep.join(
+        f for f in os.environ["PATH"].split(os.pathsep) if not Path(f, "nvcc").exists()
+    )
+}
+CUDA_MODULE = """
+#include <pybind11/pybind11.h>
+PYBIND11_MODULE(_cuda, m) { m.attr("here") = true; }
+"""
+
 USE_EVERYTHING = """
 import fastattn, torch
 q, k, v = (torch.randn(1, 2, 5, 8, requires_grad=True) for _ in range(3))
@@ -161,7 +172,11 @@ sys.argv = ["setup.py", "build_ext", "--inplace"]
 runpy.run_path("setup.py", run_name="__main__")
 """
     run_python(code, sources, FASTATTN_BUILD_ISAS="", **environment)
-    return runpy.run_path(str(sources / "fastattn/_build_info.py"))["CPU_ISAS"]
+    return build_info(sources)["CPU_ISAS"]
+
+
+def build_info(sources):
+    return runpy.run_path(str(sources / "fastattn/_build_info.py"))
 
 
 def objects(sources):
@@ -215,30 +230,69 @@ def test_without_ninja_all_is_compiled_too(small_sources):
 def test_the_cuda_module_is_built_where_nvcc_is(small_sources):
     for path in small_sources.glob("csrc/cuda/*.cu"):
         path.write_text('#include "launch.h"\n')
-    module = (
-        '#include <pybind11/pybind11.h>\nPYBIND11_MODULE(_cuda, m) { m.attr("here") = true; }\n'
-    )
-    (small_sources / "csrc/cuda/module.cpp").write_text(module)
+    (small_sources / "csrc/cuda/module.cpp").write_text(CUDA_MODULE)
+    with open(small_sources / "csrc/cuda/attention_plan.cu", "a") as file:
+        file.write("#warning a word of warning\n")
     build_in_place(small_sources, FASTATTN_CUDA="1")
     assert list(small_sources.glob("build/*/cuda/attention_plan.o"))
+    assert the_cuda_module_is_there(small_sources)
+    (warning,) = build_info(small_sources)["CUDA_WARNINGS"]
+    assert "a word of warning" in warning
+
+
+def the_cuda_module_is_there(sources):
     code = "import importlib.util as u; import glob, sys\n"
     code += "s = u.spec_from_file_location('_cuda', glob.glob('fastattn/_cuda*')[0])\n"
     code += "m = u.module_from_spec(s); s.loader.exec_module(m); print(m.here)"
-    assert run_python(code, small_sources) == "True\n"
+    return run_python(code, sources) == "True\n"
+
+
+# What setup.py asks of nvcc: its release, where its toolkit is, and objects.
+STAND_IN = """#!/bin/sh
+case "$1" in
+  --version) echo "Cuda compilation tools, release 13.0, V13.0.88"; exit ;;
+  --dryrun) echo "#\\$ TOP=$(dirname "$0")/.." >&2; exit ;;
+esac
+for argument in "$@"; do
+  case "$before" in -c) source=$argument ;; -o) object=$argument ;; -MF) depends=$argument ;; esac
+  before=$argument
+done
+exec "${CXX:-c++}" -fPIC -x c++ -c "$source" -o "$object" -MMD -MF "$depends"
+"""
+
+
+@needs_compiler
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="nvidia's wheels are for Linux")
+def test_nvcc_is_found_in_the_wheels_for_python(small_sources, tmp_path):
+    """nvidia-cuda-nvcc and nvidia-cuda-runtime unpack to nvidia/cu13 of site-packages."""
+    home = tmp_path / "site-packages/nvidia/cu13"
+    for name in ("bin", "lib", "include"):
+        (home / name).mkdir(parents=True)
+    (home / "bin/nvcc").write_text(STAND_IN)
+    (home / "bin/nvcc").chmod(0o755)
+    (home / "lib/libcudart_static.a").write_bytes(b"!<arch>\n")
+    for path in small_sources.glob("csrc/cuda/*.cu"):
+        path.write_text("")
+    small_sources.joinpath("csrc/cuda/module.cpp").write_text(CUDA_MODULE)
+    found = NO_NVCC | {"PYTHONPATH": str(home.parents[1])}
+    build_in_place(small_sources, FASTATTN_CUDA="1", **found)
+    assert the_cuda_module_is_there(small_sources)
+    assert build_info(small_sources)["CUDA_REASON"] == ""
+    assert build_info(small_sources)["CUDA_WARNINGS"] == []
+
+    (home / "lib/libcudart_static.a").unlink()  # nvidia-cuda-runtime is not there
+    build_in_place(small_sources, FASTATTN_CUDA="auto", **found)
+    assert build_info(small_sources)["CUDA_REASON"] == "no libcudart_static.a at install"
 
 
 @needs_compiler
 def test_cuda_without_nvcc(small_sources):
-    folders = os.environ["PATH"].split(os.pathsep)
-    path = os.pathsep.join(f for f in folders if not Path(f, "nvcc").exists())
-    nowhere = {"PATH": path, "CUDA_HOME": "/nonexistent", "CUDA_PATH": "/nonexistent"}
-    built = build_in_place(small_sources, FASTATTN_CUDA="auto", **nowhere)
+    built = build_in_place(small_sources, FASTATTN_CUDA="auto", **NO_NVCC)
     assert PLAINEST in built
     assert not list(small_sources.glob("fastattn/_cuda*"))
-    info = runpy.run_path(str(small_sources / "fastattn/_build_info.py"))
-    assert info["CUDA_REASON"] == "no nvcc at install"
+    assert build_info(small_sources)["CUDA_REASON"] == "no nvcc at install"
     with pytest.raises(AssertionError, match="FASTATTN_CUDA=1, but: no nvcc at install"):
-        build_in_place(small_sources, FASTATTN_CUDA="1", **nowhere)
+        build_in_place(small_sources, FASTATTN_CUDA="1", **NO_NVCC)
 
 
 def test_an_instruction_set_that_was_not_built_is_an_error(without_compiler, tmp_path):

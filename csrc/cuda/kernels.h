@@ -17,7 +17,8 @@ struct Stream {
 struct Device {
   size_t shared_bytes = 48 << 10;  // of a block
   int multiprocessors = 1;
-  int capability = 80;  // 90: sm_90
+  int capability = 80;              // 90: sm_90
+  int64_t max_blocks = 2147483647;  // of a grid, along x
   Stream stream;
 };
 

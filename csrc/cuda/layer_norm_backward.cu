@@ -4,6 +4,7 @@
 // Blocks walk over rows and sum dweight and dbias for their columns in registers; each leaves one
 // row of partial sums, which a second kernel adds in order: no atomics. Rows too wide for registers
 // have a kernel of their own for these sums, which reads x and dy once more.
+#include <algorithm>
 #include <stdexcept>
 
 #include "kernels.h"
@@ -124,13 +125,13 @@ FASTATTN_KERNEL(256, 1)
 layer_norm_backward_kernel(FASTATTN_PARAMS Call c) {
   FASTATTN_SHARED(memory);
   constexpr int kN = kPack<T>;
-  const RowGroup group{c.plan.threads, reinterpret_cast<float*>(memory)};
+  RowGroup<false> group(c.plan, memory);
   const int64_t rows = c.p.rows.count(), width = c.p.width;
-  const int64_t stride = int64_t(group.threads) * kN, begin = int64_t(group.thread()) * kN;
-  const int64_t first_row = int64_t(block_x()) * c.plan.groups + group.group();
+  const int64_t stride = int64_t(group.threads()) * kN, begin = int64_t(group.thread()) * kN;
+  const int64_t first_row = group.first_row();
   const bool dh = c.g.dx || c.g.dresidual;
   float dweight[kHeld][kN] = {}, dbias[kHeld][kN] = {};
-  for (int64_t r = first_row; r < rows; r += int64_t(grid_x()) * c.plan.groups) {
+  for (int64_t r = first_row; r < rows; r += group.row_step()) {
     const Row<T> row(c, r);
     Pack<T> x[kHeld], dy[kHeld];
     FASTATTN_UNROLL
@@ -168,29 +169,33 @@ FASTATTN_KERNEL(kWideThreads, 1)
 layer_norm_backward_wide_kernel(FASTATTN_PARAMS Call c) {
   FASTATTN_SHARED(memory);
   constexpr int kN = kPack<T>;
-  const RowGroup group{c.plan.threads, reinterpret_cast<float*>(memory)};
+  RowGroup<true> group(c.plan, memory);
   auto* kept = reinterpret_cast<Pack<T>*>(memory + kReduceBytes);
   const int64_t rows = c.p.rows.count(), width = c.p.width;
-  const int64_t stride = int64_t(group.threads) * kN, begin = int64_t(group.thread()) * kN;
-  for (int64_t r = block_x(); r < rows; r += grid_x()) {
+  const int64_t stride = int64_t(group.threads()) * kN, begin = int64_t(group.thread()) * kN;
+  for (int64_t r = group.first_row(); r < rows; r += group.row_step()) {
     const Row<T> row(c, r);
     float sum_g = 0, sum_gx = 0;
-    for (int64_t column = begin; column < width; column += stride) {
+    int k = 0;
+    for (int64_t column = begin; column < width; column += stride, ++k) {
       const Pack<T> x = row.load_x(column), dy = row.load_dy(column);
       if (c.plan.shared) {
-        kept[column / kN * 2] = x;
-        kept[column / kN * 2 + 1] = dy;
+        store_shared(kept + group.place(k, 2, 0), x);
+        store_shared(kept + group.place(k, 2, 1), dy);
       }
       row.add(x, dy, column, sum_g, sum_gx);
     }
     const float mean_gx = group.sum(sum_gx) / float(width);
     const float mean_g = c.p.rms ? 0.0f : group.sum(sum_g) / float(width);
-    for (int64_t column = begin; column < width; column += stride) {
-      const Pack<T> x = c.plan.shared ? kept[column / kN * 2] : row.load_x(column);
-      const Pack<T> dy = c.plan.shared ? kept[column / kN * 2 + 1] : row.load_dy(column);
+    k = 0;
+    for (int64_t column = begin; column < width; column += stride, ++k) {
+      const bool once = c.plan.shared;
+      const Pack<T> x = once ? load_shared(kept + group.place(k, 2, 0)) : row.load_x(column);
+      const Pack<T> dy = once ? load_shared(kept + group.place(k, 2, 1)) : row.load_dy(column);
       row.store(x, dy, column, mean_g, mean_gx);
     }
   }
+  group.leave();
 }
 
 constexpr int kWeightThreads = 128;
@@ -233,13 +238,13 @@ layer_norm_reduce_kernel(FASTATTN_PARAMS Reduction c) {
       sum[0] += c.partials[r * 2 * c.width + column];
       sum[1] += c.partials[(r * 2 + 1) * c.width + column];
     }
-  sums[line * kReduceColumns + lane] = sum[0];
-  sums[(kReduceLines + line) * kReduceColumns + lane] = sum[1];
+  store_shared(sums + line * kReduceColumns + lane, sum[0]);
+  store_shared(sums + (kReduceLines + line) * kReduceColumns + lane, sum[1]);
   sync_threads();
   if (line > 1 || column >= c.width) return;
   float total[1] = {0};
   for (int l = 0; l < kReduceLines; ++l)
-    total[0] += sums[(line * kReduceLines + l) * kReduceColumns + lane];
+    total[0] += load_shared(sums + (line * kReduceLines + l) * kReduceColumns + lane);
   void* out = line ? c.dbias : c.dweight;
   if (out) store_any(out, line ? c.bias_dtype : c.weight_dtype, column, c.width, false, total);
 }
@@ -251,7 +256,9 @@ void backward(const LayerNormParams& p, const LayerNormGrads& g, float* partials
   c.p = p;
   c.g = g;
   c.dropout = RowDropout(p.dropout);
-  c.plan = row_plan(p.width, kPack<T>, 32, device.shared_bytes, 256);
+  constexpr auto kName = "layer_norm_backward";
+  const auto wide = layer_norm_backward_wide_kernel<T>;
+  c.plan = plan_rows(kName, wide, p.width, kPack<T>, 32, 256, device);
   c.x_aligned = rows_aligned<T>(p.x, p.rows);
   c.dy_aligned = rows_aligned<T>(g.dy, p.rows);
   c.new_aligned = rows_aligned<T>(g.dnew_residual, p.rows);
@@ -260,29 +267,20 @@ void backward(const LayerNormParams& p, const LayerNormGrads& g, float* partials
   const bool sums = g.dweight || g.dbias;
   const int64_t rows = p.rows.count(), packs = (p.width + kPack<T> - 1) / kPack<T>;
   if (c.plan.held) {
-    int64_t blocks = (rows + c.plan.groups - 1) / c.plan.groups;
+    int64_t together = rows;
     if (sums) {  // as many as there is room for
-      const int64_t most = partial_rows / c.plan.groups;
+      const int64_t groups = c.plan.groups,
+                    most = std::min(partial_rows / groups, device.max_blocks);
       if (most < 1) throw std::runtime_error("layer_norm_backward: too few partial rows");
-      blocks = blocks < most ? blocks : most;
+      const int64_t blocks = std::min((rows + groups - 1) / groups, most);
       c.partials = partials;
-      partial_rows = blocks * c.plan.groups;
+      partial_rows = together = blocks * groups;
     }
-    const Grid grid{blocks < kMaxBlocks ? blocks : kMaxBlocks};
-    const auto run = [&](auto kernel) {
-      launch("layer_norm_backward", kernel, grid, c.plan.threads * c.plan.groups, c.plan.bytes,
-             device.stream, c);
-    };
-    if (c.plan.held == 1)
-      run(layer_norm_backward_kernel<T, 1>);
-    else
-      run(layer_norm_backward_kernel<T, 4>);
+    const auto kernel =
+        c.plan.held == 1 ? layer_norm_backward_kernel<T, 1> : layer_norm_backward_kernel<T, 4>;
+    launch_rows(kName, kernel, c, together, device);
   } else {
-    if (g.dx || g.dresidual) {
-      launch("layer_norm_backward", layer_norm_backward_wide_kernel<T>,
-             Grid{rows < kMaxBlocks ? rows : kMaxBlocks}, c.plan.threads, c.plan.bytes,
-             device.stream, c);
-    }
+    if (g.dx || g.dresidual) launch_rows(kName, wide, c, rows, device);
     if (sums) {
       c.partials = partials;
       partial_rows = rows < partial_rows ? rows : partial_rows;

@@ -1,7 +1,7 @@
-// Layer norm and RMS norm of residual + dropout(x), forward. A warp or a block takes a row and
-// reads it once: what is normalised stays in registers, or in shared memory; only rows that are too
-// wide for both are read again. Statistics are of the numbers less the row's first: a constant row
-// has variance 0 and exactly its mean, and a mean of 1e4 costs no digits.
+// Layer norm and RMS norm of residual + dropout(x), forward. A warp, a block or a cluster takes a
+// row and reads it once: what is normalised stays in registers, or in shared memory; only rows that
+// are too wide for both are read again. Statistics are of the numbers less the row's first: a
+// constant row has variance 0 and exactly its mean, and a mean of 1e4 costs no digits.
 #include "kernels.h"
 #include "rows.h"
 
@@ -108,9 +108,9 @@ struct Moments {
 };
 
 // Calls f(k, column) for the packs of this thread.
-template <int kHeld, typename T, typename F>
-FASTATTN_DEVICE void each_pack(const RowGroup& group, int64_t width, F f) {
-  const int64_t stride = int64_t(group.threads) * kPack<T>;
+template <int kHeld, typename T, typename Group, typename F>
+FASTATTN_DEVICE void each_pack(const Group& group, int64_t width, F f) {
+  const int64_t stride = int64_t(group.threads()) * kPack<T>;
   int64_t column = int64_t(group.thread()) * kPack<T>;
   if (kHeld > 0) {
     FASTATTN_UNROLL
@@ -126,21 +126,27 @@ FASTATTN_KERNEL(kHeld > 0 ? 512 : kWideThreads, 1)
 layer_norm_forward_kernel(FASTATTN_PARAMS Call c) {
   FASTATTN_SHARED(memory);
   const LayerNormParams& p = c.p;
-  const RowGroup group{c.plan.threads, reinterpret_cast<float*>(memory)};
+  RowGroup<kHeld == 0> group(c.plan, memory);
   auto* kept = reinterpret_cast<Pack<T>*>(memory + kReduceBytes);
   const int64_t rows = p.rows.count(), width = p.width;
   const float count = float(width);
-  for (int64_t r = int64_t(block_x()) * c.plan.groups + group.group(); r < rows;
-       r += int64_t(grid_x()) * c.plan.groups) {
+  for (int64_t r = group.first_row(); r < rows; r += group.row_step()) {
     const Row<T> row(c, r);
     float first = 0, centre = 0, squares = 0;
     Pack<T> held[kHeld > 0 ? kHeld : 1];
-    const auto at = [&](int k) -> Pack<T>& {
-      return kHeld > 0 ? held[k] : kept[int64_t(k) * group.threads + group.thread()];
+    const auto keep = [&](int k, const Pack<T>& pack) {
+      if (kHeld > 0)
+        held[k] = pack;
+      else
+        store_shared(kept + group.place(k, 1, 0), pack);
+    };
+    const auto at = [&](int k) {
+      return kHeld > 0 ? held[k] : load_shared(kept + group.place(k, 1, 0));
     };
     const bool once = kHeld > 0 || c.plan.shared;
     if (once) {
-      each_pack<kHeld, T>(group, width, [&](int k, int64_t column) { at(k) = row.source(column); });
+      each_pack<kHeld, T>(group, width,
+                          [&](int k, int64_t column) { keep(k, row.source(column)); });
       if (!p.rms) {
         first = group.first(group.thread() * kPack<T> < width ? to_float(at(0).number[0]) : 0);
         float sum = 0;
@@ -179,6 +185,7 @@ layer_norm_forward_kernel(FASTATTN_PARAMS Call c) {
       row.normalize(once ? at(k) : row.source_again(column), column, first, centre, rstd);
     });
   }
+  group.leave();
 }
 
 template <typename T>
@@ -186,15 +193,16 @@ void forward(const LayerNormParams& p, const Device& device) {
   Call c{};
   c.p = p;
   c.dropout = RowDropout(p.dropout);
-  c.plan = row_plan(p.width, kPack<T>, 16, device.shared_bytes, 512);
+  constexpr auto kName = "layer_norm_forward";
+  const auto wide = layer_norm_forward_kernel<T, 0>;
+  c.plan = plan_rows(kName, wide, p.width, kPack<T>, 16, 512, device);
   c.x_aligned = rows_aligned<T>(p.x, p.rows);
   c.residual_aligned = rows_aligned<T>(p.residual, p.rows);
   c.out_aligned = is_aligned(p.y) && is_aligned(p.new_residual) && p.width % kPack<T> == 0;
   c.weight_aligned = is_aligned(p.weight);
   c.bias_aligned = is_aligned(p.bias);
-  launch_rows("layer_norm_forward", c, p.rows.count(), device.stream,
-              layer_norm_forward_kernel<T, 1>, layer_norm_forward_kernel<T, 4>,
-              layer_norm_forward_kernel<T, 0>);
+  launch_rows(kName, layer_norm_forward_kernel<T, 1>, layer_norm_forward_kernel<T, 4>, wide, c,
+              p.rows.count(), device);
 }
 
 }  // namespace

@@ -20,16 +20,17 @@ namespace {
 
 #ifdef FASTATTN_EMULATE
 
-int emulated_capability = 80;
-
-// Few multiprocessors, so that the small problems of the tests make blocks walk.
-Device limits_of(int) {
+// Few multiprocessors and blocks, so that the small problems of the tests make blocks walk.
+Device small_device() {
   Device d;
   d.shared_bytes = 227 << 10;
   d.multiprocessors = 3;
-  d.capability = emulated_capability;
+  d.max_blocks = 24;
   return d;
 }
+Device emulated = small_device();
+
+Device limits_of(int) { return emulated; }
 
 struct On {
   explicit On(const DLTensor&) {}
@@ -175,7 +176,13 @@ void bind(py::module_& m) {
 #ifdef FASTATTN_EMULATE
 PYBIND11_MODULE(_cuda_emulated, m) {
   bind(m);
-  m.def("emulate", [](int capability) { emulated_capability = capability; });
+  m.def(
+      "emulate",
+      [](int capability, size_t shared_bytes) {
+        emulated.capability = capability;
+        emulated.shared_bytes = shared_bytes;
+      },
+      py::arg("capability"), py::arg("shared_bytes") = 227 << 10);
   m.def("take_bank_conflicts", &emulator::take_bank_conflicts);
   m.def("take_rare", &emulator::take_rare);
   m.def("take_launches", &emulator::take_launches);

@@ -64,6 +64,18 @@ FASTATTN_DEVICE void sync_threads() { __syncthreads(); }
 FASTATTN_DEVICE bool sync_threads_or(bool value) { return __syncthreads_or(value); }
 FASTATTN_DEVICE void sync_warp() { __syncwarp(); }
 
+// ---- shared memory -----------------------------------------------------------------------------
+// Plain accesses by these names, of which the emulator sees the places: whether lanes share banks.
+
+template <typename T>
+FASTATTN_DEVICE T load_shared(const T* p) {
+  return *p;
+}
+template <typename T>
+FASTATTN_DEVICE void store_shared(T* p, const T& value) {
+  *p = value;
+}
+
 // ---- exchange: all lanes of a warp -------------------------------------------------------------
 
 template <typename T>

@@ -1,6 +1,7 @@
-// The instructions of sm_90a: transaction barriers, bulk copies of tensor tiles (TMA), asynchronous
-// products of a warpgroup (wgmma), registers that warps hand to one another. What ptx.h is for
-// every architecture; with FASTATTN_EMULATE they are those of tests/emulator.
+// The instructions of sm_90a: transaction barriers, bulk copies of tensor tiles (TMA), clusters of
+// blocks that read one another's shared memory, asynchronous products of a warpgroup (wgmma),
+// registers that warps hand to one another. What ptx.h is for every architecture; with
+// FASTATTN_EMULATE they are those of tests/emulator.
 #pragma once
 #include "ptx.h"
 
@@ -72,6 +73,53 @@ FASTATTN_DEVICE void copy_box(void* shared, const TensorMap* map, Mbarrier* barr
 FASTATTN_DEVICE void prefetch_map(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(map) : "memory");
 }
+
+// ---- clusters ----------------------------------------------------------------------------------
+// Of sm_90 and what comes after it, not of sm_90a alone; elsewhere each block is a cluster.
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+
+FASTATTN_DEVICE int cluster_rank() {
+  int rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;\n" : "=r"(rank));
+  return rank;
+}
+FASTATTN_DEVICE int cluster_size() {
+  int size;
+  asm volatile("mov.u32 %0, %%cluster_nctarank;\n" : "=r"(size));
+  return size;
+}
+// Until all threads of the cluster have come here: what they wrote to shared memory before is seen
+// behind it. No block may end while others read its memory.
+FASTATTN_DEVICE void sync_cluster() {
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;\n" ::
+          : "memory");
+}
+// What the cluster's block `rank` has where p is in this block's shared memory.
+FASTATTN_DEVICE float load_remote(const float* p, int rank) {
+  float x;
+  asm volatile(
+      "{\n"
+      ".reg .b32 at;\n"
+      "mapa.shared::cluster.u32 at, %1, %2;\n"
+      "ld.shared::cluster.f32 %0, [at];\n"
+      "}\n"
+      : "=f"(x)
+      : "r"(shared_address(p)), "r"(rank)
+      : "memory");
+  return x;
+}
+
+#else
+
+FASTATTN_DEVICE int cluster_rank() { return 0; }
+FASTATTN_DEVICE int cluster_size() { return 1; }
+FASTATTN_DEVICE void sync_cluster() {}
+FASTATTN_DEVICE float load_remote(const float* p, int) { return *p; }
+
+#endif
 
 // ---- registers and barriers of some of the warps -----------------------------------------------
 

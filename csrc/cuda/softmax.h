@@ -89,10 +89,9 @@ struct ColumnLine {
   int line;
   bool exists;
 
-  FASTATTN_DEVICE ColumnLine(int64_t inner) {
-    const int64_t blocks = (inner + kColumns - 1) / kColumns;
-    row = block_x() / blocks;
-    column = block_x() % blocks * kColumns + thread_x() % kColumns;
+  FASTATTN_DEVICE ColumnLine(int64_t block, int64_t blocks_of_row, int64_t inner) {
+    row = block / blocks_of_row;
+    column = block % blocks_of_row * kColumns + thread_x() % kColumns;
     line = thread_x() / kColumns;
     exists = column < inner;
   }
@@ -101,13 +100,25 @@ struct ColumnLine {
   FASTATTN_DEVICE float join(float value, float* shared, Join f) const {
     const int lane = thread_x() % kColumns;
     sync_threads();  // the last result has been read
-    shared[line * kColumns + lane] = value;
+    store_shared(shared + line * kColumns + lane, value);
     sync_threads();
-    float result = shared[lane];
-    for (int l = 1; l < kLines; ++l) result = f(result, shared[l * kColumns + lane]);
+    float result = load_shared(shared + lane);
+    for (int l = 1; l < kLines; ++l) result = f(result, load_shared(shared + l * kColumns + lane));
     return result;
   }
 };
 constexpr size_t kColumnBytes = size_t(kColumns) * kLines * sizeof(float);
+
+FASTATTN_HD int64_t column_blocks(int64_t rows, int64_t inner) {
+  return rows * ((inner + kColumns - 1) / kColumns);
+}
+
+// Calls f with the columns of this block's turns.
+template <typename F>
+FASTATTN_DEVICE void each_column(int64_t rows, int64_t inner, F f) {
+  const int64_t blocks = column_blocks(rows, inner);
+  for (int64_t block = block_x(); block < blocks; block += grid_x())
+    f(ColumnLine(block, column_blocks(1, inner), inner));
+}
 
 }  // namespace fastattn

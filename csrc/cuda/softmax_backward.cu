@@ -21,12 +21,11 @@ softmax_backward_kernel(FASTATTN_PARAMS Call c) {
   FASTATTN_SHARED(memory);
   constexpr int kN = kPack<T>;
   const SoftmaxGrads& g = c.g;
-  const RowGroup group{c.plan.threads, reinterpret_cast<float*>(memory)};
+  RowGroup<kHeld == 0> group(c.plan, memory);
   auto* kept = reinterpret_cast<Pack<T>*>(memory + kReduceBytes);
   const int64_t rows = g.rows.count(), width = g.width;
-  const int64_t stride = int64_t(group.threads) * kN, begin = int64_t(group.thread()) * kN;
-  for (int64_t r = int64_t(block_x()) * c.plan.groups + group.group(); r < rows;
-       r += int64_t(grid_x()) * c.plan.groups) {
+  const int64_t stride = int64_t(group.threads()) * kN, begin = int64_t(group.thread()) * kN;
+  for (int64_t r = group.first_row(); r < rows; r += group.row_step()) {
     const T* y = static_cast<const T*>(g.y.data) + g.rows.offset(r, g.y);
     const T* dy = static_cast<const T*>(g.dy.data) + g.rows.offset(r, g.dy);
     const auto add = [&](const Pack<T>& v, const Pack<T>& up, int64_t column, float& sum) {
@@ -60,56 +59,63 @@ softmax_backward_kernel(FASTATTN_PARAMS Call c) {
         if (begin + k * stride < width) store(v[k], up[k], begin + k * stride, total);
       continue;
     }
-    for (int64_t column = begin; column < width; column += stride) {
+    int k = 0;
+    for (int64_t column = begin; column < width; column += stride, ++k) {
       const Pack<T> v = load_pack(y, column, width, c.y_aligned);
       const Pack<T> up = load_pack(dy, column, width, c.dy_aligned);
       if (c.plan.shared) {
-        kept[column / kN * 2] = v;
-        kept[column / kN * 2 + 1] = up;
+        store_shared(kept + group.place(k, 2, 0), v);
+        store_shared(kept + group.place(k, 2, 1), up);
       }
       add(v, up, column, sum);
     }
     const float total = group.sum(sum);
-    for (int64_t column = begin; column < width; column += stride) {
+    k = 0;
+    for (int64_t column = begin; column < width; column += stride, ++k) {
       if (c.plan.shared)
-        store(kept[column / kN * 2], kept[column / kN * 2 + 1], column, total);
+        store(load_shared(kept + group.place(k, 2, 0)), load_shared(kept + group.place(k, 2, 1)),
+              column, total);
       else
         store(load_pack(y, column, width, c.y_aligned), load_pack(dy, column, width, c.dy_aligned),
               column, total);
     }
   }
+  group.leave();
 }
 
 FASTATTN_KERNEL(kColumns* kLines, 1)
 softmax_backward_columns_kernel(FASTATTN_PARAMS Call c) {
   FASTATTN_SHARED(memory);
   const SoftmaxGrads& g = c.g;
-  const ColumnLine at(g.inner);
-  const int64_t y0 = g.rows.offset(at.row, g.y) + at.column;
-  const int64_t dy0 = g.rows.offset(at.row, g.dy) + at.column;
-  const auto y = [&](int64_t j) { return load_one(g.y.data, g.y_dtype, y0 + j * g.y.stride[3]); };
-  const auto dy = [&](int64_t j) {
-    return load_one(g.dy.data, g.y_dtype, dy0 + j * g.dy.stride[3]);
-  };
-  float sum = 0;
-  if (at.exists)
-    for (int64_t j = at.line; j < g.width; j += kLines) sum += term(y(j), dy(j), g.log);
-  const float total =
-      at.join(sum, reinterpret_cast<float*>(memory), [](float a, float b) { return a + b; });
-  if (!at.exists) return;
-  for (int64_t j = at.line; j < g.width; j += kLines)
-    store_one(g.dx, g.x_dtype, (at.row * g.width + j) * g.inner + at.column,
-              softmax_gradient(y(j), dy(j), total, c.scale, g.log));
+  each_column(g.rows.count(), g.inner, [&](const ColumnLine& at) {
+    const int64_t y0 = g.rows.offset(at.row, g.y) + at.column;
+    const int64_t dy0 = g.rows.offset(at.row, g.dy) + at.column;
+    const auto y = [&](int64_t j) { return load_one(g.y.data, g.y_dtype, y0 + j * g.y.stride[3]); };
+    const auto dy = [&](int64_t j) {
+      return load_one(g.dy.data, g.y_dtype, dy0 + j * g.dy.stride[3]);
+    };
+    float sum = 0;
+    if (at.exists)
+      for (int64_t j = at.line; j < g.width; j += kLines) sum += term(y(j), dy(j), g.log);
+    const float total =
+        at.join(sum, reinterpret_cast<float*>(memory), [](float a, float b) { return a + b; });
+    if (!at.exists) return;
+    for (int64_t j = at.line; j < g.width; j += kLines)
+      store_one(g.dx, g.x_dtype, (at.row * g.width + j) * g.inner + at.column,
+                softmax_gradient(y(j), dy(j), total, c.scale, g.log));
+  });
 }
 
 template <typename T>
 void rows_backward(Call& c, const Device& device) {
   const SoftmaxGrads& g = c.g;
-  c.plan = row_plan(g.width, kPack<T>, 32, device.shared_bytes, 256);
+  constexpr auto kName = "softmax_backward";
+  const auto wide = softmax_backward_kernel<T, 0>;
+  c.plan = plan_rows(kName, wide, g.width, kPack<T>, 32, 256, device);
   c.y_aligned = rows_aligned<T>(g.y, g.rows);
   c.dy_aligned = rows_aligned<T>(g.dy, g.rows);
-  launch_rows("softmax_backward", c, g.rows.count(), device.stream, softmax_backward_kernel<T, 1>,
-              softmax_backward_kernel<T, 4>, softmax_backward_kernel<T, 0>);
+  launch_rows(kName, softmax_backward_kernel<T, 1>, softmax_backward_kernel<T, 4>, wide, c,
+              g.rows.count(), device);
 }
 
 }  // namespace
@@ -120,9 +126,9 @@ void softmax_backward(const SoftmaxGrads& g, const Device& device) {
   c.scale = float(g.scale);
   check_dtypes(g.x_dtype, g.y_dtype);
   if (g.inner > 1) {
-    const int64_t blocks = g.rows.count() * ((g.inner + kColumns - 1) / kColumns);
-    launch("softmax_backward, columns", softmax_backward_columns_kernel, Grid{blocks},
-           kColumns * kLines, kColumnBytes, device.stream, c);
+    launch("softmax_backward, columns", softmax_backward_columns_kernel,
+           grid_of(column_blocks(g.rows.count(), g.inner), device), kColumns * kLines, kColumnBytes,
+           device.stream, c);
     return;
   }
   const int64_t dx_pack = g.x_dtype == DType::kFloat32 ? 4 : 8;

@@ -35,6 +35,9 @@ DTYPES = (torch.float32, *ATTENTION_DTYPES)
 DTYPE_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
 OLDEST = (8, 0)
 MAX_HEAD_DIM = 256
+MAX_LENGTH = 2**30  # of queries and of keys
+MAX_BLOCKS = 2**31 - 1  # of a grid
+SMALLEST_TILE = 32
 
 
 def load_extension() -> tuple[ModuleType | None, str]:
@@ -96,6 +99,8 @@ class CudaBackend(RowKernels, Backend):
             if request.dtype not in ATTENTION_DTYPES:
                 reasons.append(f"serves attention in bfloat16 and float16 (got {request.dtype})")
             reasons += self._head_dim_reasons(request)
+            if request.device.type == self.device:
+                reasons += _size_reasons(request)
         elif request.dtype not in DTYPES:
             reasons.append(f"serves float32, bfloat16 and float16 (got {request.dtype})")
         return reasons
@@ -193,6 +198,20 @@ class CudaBackend(RowKernels, Backend):
 
 
 # ------------------------------------------------------------------------------------- the details
+
+
+def _size_reasons(request: Request) -> list[str]:
+    """What no grid holds: a block takes a tile of queries or keys, or for dbias one of both."""
+    batch, heads, q_len, _ = request.shapes[0]
+    longest = max(q_len, request.shapes[1][2])
+    if longest > MAX_LENGTH:
+        return [f"serves up to {MAX_LENGTH} queries and keys (got {longest})"]
+    tiles = (longest + SMALLEST_TILE - 1) // SMALLEST_TILE
+    of_bias = request.needs_backward and "bias" in request.flags
+    blocks = batch * heads * tiles * (tiles if of_bias else 1)
+    if blocks > MAX_BLOCKS:
+        return [f"needs {blocks} tiles (a launch has up to {MAX_BLOCKS})"]
+    return []
 
 
 def _no_device() -> str:

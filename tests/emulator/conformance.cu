@@ -54,8 +54,9 @@ struct Call {
 };
 
 template <typename Kernel>
-void run(const char* name, Kernel kernel, int threads, size_t shared, const Call& c) {
-  launch(name, kernel, Grid{}, threads, shared, Stream{}, c);
+void run(const char* name, Kernel kernel, int threads, size_t shared, const Call& c,
+         Grid grid = Grid{}) {
+  launch(name, kernel, grid, threads, shared, Stream{}, c);
 #ifndef FASTATTN_EMULATE
   check(cudaDeviceSynchronize(), name);
 #endif
@@ -113,6 +114,47 @@ void exchange() {
     const int t = i % 64, want[] = {t ^ 5, t / 32 * 32 + 7, 63 - t, 1, 0, 2 * (t ^ 31), 66};
     return float(want[i / 64]);
   });
+}
+
+// Plain accesses by their names, of 16, 8, 4 and 2 bytes.
+struct alignas(16) Four {
+  float number[4];
+};
+struct alignas(8) Two {
+  float number[2];
+};
+FASTATTN_KERNEL(32, 1) shared_kernel(FASTATTN_PARAMS Call c) {
+  FASTATTN_SHARED(memory);
+  auto* fours = reinterpret_cast<Four*>(memory);
+  auto* halves = reinterpret_cast<bf16*>(memory + 512);
+  const int t = thread_x();
+  store_shared(fours + t, Four{{float(t), float(t + 100), float(t + 200), float(t + 300)}});
+  store_shared(halves + t, from_float<bf16>(float(2 * t)));
+  sync_warp();
+  const Four four = load_shared(fours + (t ^ 3));
+  for (int i = 0; i < 4; ++i) c.out[4 * t + i] = four.number[i];
+  c.out[128 + t] = load_shared(reinterpret_cast<const Two*>(fours + (t ^ 5))).number[1];
+  c.out[160 + t] = load_shared(&fours[31 - t].number[2]);
+  c.out[192 + t] = to_float(load_shared(halves + (t ^ 1)));
+}
+
+void shared_memory() {
+  Array<float> out(224);
+  run("shared memory", shared_kernel, 32, 576, {nullptr, out.data, {}});
+  expect("shared memory", out, [](int i) {
+    const int t = i % 32, want[] = {(t ^ 5) + 100, 31 - t + 200, 2 * (t ^ 1)};
+    return i < 128 ? float((i / 4 ^ 3) + i % 4 * 100) : float(want[i / 32 - 4]);
+  });
+#if defined(FASTATTN_EMULATE) && !defined(EMULATOR_TSAN)
+  // Lanes 16 bytes apart: of the 8 bytes half a warp's share the banks, of the 4 all of them.
+  std::string ways;
+  for (const std::string& line : emulator::take_bank_conflicts())
+    ways += line.substr(line.rfind(": ") + 2) + "; ";
+  if (ways != "2 ways; 4 ways; ") {
+    std::printf("bank conflicts of plain accesses: %s\n", ways.c_str());
+    ++failures;
+  }
+#endif
 }
 
 // ---- copies ------------------------------------------------------------------------------------
@@ -255,6 +297,38 @@ void numbers() {
 }
 
 // ---- sm_90a ------------------------------------------------------------------------------------
+
+// Two clusters of four blocks: each block reads what its thread's number has in the next block, and
+// again after it has changed.
+FASTATTN_KERNEL(64, 1) cluster_kernel(FASTATTN_PARAMS Call c) {
+#ifdef FASTATTN_SM90
+  FASTATTN_SHARED(memory);
+  auto* shared = reinterpret_cast<float*>(memory);
+  const int t = thread_x(), rank = cluster_rank(), next = (rank + 1) % cluster_size();
+  float* out = c.out + 256 * block_x();
+  out[t] = float(10 * rank + cluster_size());
+  shared[t] = float(1000 * block_x() + t);
+  sync_cluster();
+  out[64 + t] = load_remote(shared + (t ^ 9), next);
+  out[128 + t] = load_remote(shared + t, rank);
+  sync_cluster();
+  shared[t] = float(-1000 * block_x() - t);
+  sync_cluster();
+  out[192 + t] = load_remote(shared + (63 - t), next);
+  sync_cluster();
+#endif
+}
+
+void clusters() {
+  Array<float> out(8 * 256);
+  run("clusters", cluster_kernel, 64, 256, {nullptr, out.data, {}}, Grid{8, 1, 1, 4});
+  expect("clusters", out, [](int i) {
+    const int block = i / 256, t = i % 64, next = block / 4 * 4 + (block + 1) % 4;
+    const int want[] = {10 * (block % 4) + 4, 1000 * next + (t ^ 9), 1000 * block + t,
+                        -1000 * next - (63 - t)};
+    return float(want[i % 256 / 64]);
+  });
+}
 
 // Warp 0 hands numbers to warp 1 by a barrier, twice through its phases; then by a named barrier.
 FASTATTN_KERNEL(64, 1) barriers_kernel(FASTATTN_PARAMS Call c) {
@@ -463,12 +537,14 @@ int main(int count, char** arguments) {
     std::printf("%s, sm_%d\n", properties.name, capability);
 #endif
     exchange();
+    shared_memory();
     copies();
     matrices();
     multiply_of<bf16>("mma bf16");
     multiply_of<f16>("mma f16");
     numbers();
     if (capability == 90) {
+      clusters();
       barriers();
       box();
       products<bf16>();

@@ -2,6 +2,7 @@
 // hand to one another here is no memory access of the kernel; those that are one are reported.
 #include "emulator.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -35,6 +36,7 @@ namespace {
 constexpr int kLanes = 32;
 constexpr int kMaxThreads = 1024;
 constexpr int kBarriers = 16;
+constexpr int kMaxCluster = 8;  // blocks, of every device that has clusters
 #ifdef EMULATOR_TSAN
 constexpr int kSets = 3;
 #else
@@ -52,7 +54,8 @@ struct Copy {
 
 struct Thread {
   Context context;
-  int index = 0;
+  int index = 0;  // in its block
+  int block = 0;  // in its cluster
   bool done = false;
   const char* waits_at = nullptr;
   Where where{};
@@ -62,6 +65,21 @@ struct Thread {
   std::vector<Copy> copies;  // under way; room for kMaxCopies, made by the host
   int64_t group = 0;         // that the next copy belongs to
 };
+
+#ifndef EMULATOR_TSAN  // which is slow enough without
+// What the lanes of a warp read or wrote in shared memory by one line, the n-th time that each of
+// them came there since they last met.
+struct SharedAccess {
+  uint32_t place[kLanes];  // bytes from the block's first
+  uint32_t lanes = 0;
+  int size = 0;
+};
+struct SharedLine {
+  Where where{};
+  size_t turn[kLanes] = {};
+  std::vector<SharedAccess> accesses;
+};
+#endif
 
 struct Warp {
   uint32_t ready = 0, done = 0;
@@ -73,6 +91,9 @@ struct Warp {
   void* out[kLanes];
   int generation = 0;
   char sync[2];  // addresses for the order of memory, by turns
+#ifndef EMULATOR_TSAN
+  std::vector<SharedLine> lines;
+#endif
 };
 
 struct Barrier {
@@ -83,21 +104,38 @@ struct Barrier {
   char sync[2];
 };
 
-// One launch at a time; its blocks one after the other.
+// A block of the running cluster. Without clusters each block is one.
+struct Block {
+  std::unique_ptr<Thread>* threads = nullptr;
+  Warp warps[kMaxThreads / kLanes];
+  Barrier barriers[kBarriers];
+  unsigned char* shared = nullptr;
+  int64_t at[3] = {0, 0, 0};  // in the grid
+  int done = 0;               // threads that have ended
+  bool started = false;
+};
+
+// Where all threads of a cluster meet.
+struct ClusterBarrier {
+  Where where{};
+  int arrived = 0;
+  int64_t phase = 0;
+  char sync[2];
+};
+
+// One launch at a time; its clusters one after the other.
 struct Machine {
   std::mutex mutex;
   Options options;
   std::mt19937_64 chance;
   const Launch* launch = nullptr;
-  int64_t block[3] = {0, 0, 0};
   // ThreadSanitizer has a thread of its own for each thread of kSets blocks, which is slow to make;
   // only blocks so far apart in the launch are ordered, as if one had waited for the other.
   std::unique_ptr<Thread> sets[kSets][kMaxThreads];
-  std::unique_ptr<Thread>* threads = sets[0];  // of the running block
-  Warp warps[kMaxThreads / kLanes];
-  int warp_count = 0;
-  Barrier barriers[kBarriers];
-  unsigned char* shared = nullptr;
+  std::unique_ptr<Thread> more[kMaxCluster - 1][kMaxThreads];  // of a cluster's other blocks
+  Block blocks[kMaxCluster];
+  int block_count = 1, warp_count = 0;  // of the cluster, of a block
+  ClusterBarrier cluster;
   std::vector<void*> left;  // shared memory of blocks that have ended
   Context host;
   Thread* running = nullptr;
@@ -141,22 +179,43 @@ void go_to(Machine& m, Thread* next) {
   from.switch_to(next ? next->context : m.host);
 }
 
-Thread* first_of(Machine& m, int warp, uint32_t ready) {
-  return m.threads[warp * kLanes + __builtin_ctz(ready)].get();
+Block& here(Machine& m) { return m.blocks[m.running->block]; }
+Warp& warp_of(Machine& m, const Thread& t) { return m.blocks[t.block].warps[t.index / kLanes]; }
+
+Thread* first_of(Block& b, int warp, uint32_t ready) {
+  return b.threads[warp * kLanes + __builtin_ctz(ready)].get();
 }
 
-// The next thread that can run: of the same warp if there is one, in the order of lanes.
-Thread* next_ready(Machine& m) {
-  const int here = m.running ? m.running->index : 0;
-  const int warp = here / kLanes, lane = here % kLanes;
-  if (uint32_t ready = m.warps[warp].ready) {
-    const uint32_t above = lane == kLanes - 1 ? 0 : ready & (~0u << (lane + 1));
-    return first_of(m, warp, above ? above : ready);
-  }
-  const int start = by_chance(m) ? int(m.chance() % m.warp_count) : warp + 1;
+Thread* next_of(Machine& m, Block& b, int warp) {
   for (int i = 0; i < m.warp_count; ++i) {
-    const int w = (start + i) % m.warp_count;
-    if (m.warps[w].ready) return first_of(m, w, m.warps[w].ready);
+    const int w = (warp + i) % m.warp_count;
+    if (b.warps[w].ready) return first_of(b, w, b.warps[w].ready);
+  }
+  return nullptr;
+}
+
+// The next thread that can run: of the same warp if there is one, in the order of lanes, else of
+// the same block. A block of a cluster runs as far as it can before the next: from the first or
+// from the last on, or by chance.
+Thread* next_ready(Machine& m) {
+  if (m.running) {
+    Block& b = here(m);
+    const int warp = m.running->index / kLanes, lane = m.running->index % kLanes;
+    if (uint32_t ready = b.warps[warp].ready) {
+      const uint32_t above = lane == kLanes - 1 ? 0 : ready & (~0u << (lane + 1));
+      return first_of(b, warp, above ? above : ready);
+    }
+    if (m.block_count == 1 || !by_chance(m) || m.chance() % 2)
+      if (Thread* next = next_of(m, b, by_chance(m) ? int(m.chance() % m.warp_count) : warp + 1))
+        return next;
+  }
+  const int start = by_chance(m) && m.block_count > 1 ? int(m.chance() % m.block_count) : 0;
+  for (int i = 0; i < m.block_count; ++i) {
+    const int n = (start + i) % m.block_count;
+    const bool from_last = m.options.completion == Completion::kEager;
+    Block& b = m.blocks[from_last ? m.block_count - 1 - n : n];
+    const int warp = by_chance(m) ? int(m.chance() % m.warp_count) : 0;
+    if (Thread* next = next_of(m, b, warp)) return next;
   }
   return nullptr;
 }
@@ -167,23 +226,30 @@ Thread* next_ready(Machine& m) {
   std::abort();  // never resumed
 }
 
-std::string name_of(Machine& m, int thread) {
+std::string name_of(Machine& m, const Thread& t) {
+  const int64_t* at = m.blocks[t.block].at;
   char line[200];
   std::snprintf(line, sizeof line, "%s, block (%lld, %lld, %lld), thread %d", m.launch->kernel,
-                (long long)m.block[0], (long long)m.block[1], (long long)m.block[2], thread);
+                (long long)at[0], (long long)at[1], (long long)at[2], t.index);
   return line;
+}
+
+// Calls f with every thread of the cluster.
+template <typename F>
+void each_thread(Machine& m, F f) {
+  for (int n = 0; n < m.block_count; ++n)
+    for (int i = 0; i < m.launch->threads; ++i) f(*m.blocks[n].threads[i]);
 }
 
 // Threads that wait for others' work and need not any more; `last`: those of wait_for_others.
 bool wake(Machine& m, bool last) {
   bool any = false;
-  for (int i = 0; i < m.launch->threads; ++i) {
-    Thread& t = *m.threads[i];
-    if (!t.ready || t.last != last || !t.ready(t.ready_state)) continue;
+  each_thread(m, [&](Thread& t) {
+    if (!t.ready || t.last != last || !t.ready(t.ready_state)) return;
     t.ready = nullptr;
-    m.warps[i / kLanes].ready |= 1u << (i % kLanes);
+    warp_of(m, t).ready |= 1u << (t.index % kLanes);
     any = true;
-  }
+  });
   return any;
 }
 
@@ -193,13 +259,11 @@ Thread* next_or_end(Machine& m) {
   do {
     if (wake(m, false) || wake(m, true)) return next_ready(m);
   } while (m.unit.advance && m.unit.advance());
-  for (int i = 0; i < m.launch->threads; ++i)
-    if (!m.threads[i]->done) {
-      const Thread& t = *m.threads[i];
-      m.failure = name_of(m, i) + ": deadlock, waits at " + (t.waits_at ? t.waits_at : "?") + " (" +
+  each_thread(m, [&](const Thread& t) {
+    if (!t.done && m.failure.empty())
+      m.failure = name_of(m, t) + ": deadlock, waits at " + (t.waits_at ? t.waits_at : "?") + " (" +
                   text(t.where) + ")";
-      return nullptr;
-    }
+  });
   return nullptr;
 }
 
@@ -214,20 +278,27 @@ void thread_main() {
   Machine& m = machine();
   m.running->context.arrived();
   __tsan_acquire(&m.start);
+  here(m).started = true;
   m.launch->body(m.launch->params);
   Thread& t = *m.running;
   if (!t.copies.empty())
-    end_launch(m, name_of(m, t.index) + ": ends with a copy that it never waited for");
-  Warp& warp = m.warps[t.index / kLanes];
+    end_launch(m, name_of(m, t) + ": ends with a copy that it never waited for");
+  Block& block = here(m);
+  Warp& warp = block.warps[t.index / kLanes];
   const uint32_t bit = 1u << (t.index % kLanes);
   if (warp.arrived && (warp.mask & bit))
-    end_launch(m, name_of(m, t.index) + ": ends while its warp waits for it at " + warp.name +
-                      " (" + text(warp.where) + ")");
-  for (const Barrier& b : m.barriers)
+    end_launch(m, name_of(m, t) + ": ends while its warp waits for it at " + warp.name + " (" +
+                      text(warp.where) + ")");
+  for (const Barrier& b : block.barriers)
     if (b.arrived && b.count == m.launch->threads)
-      end_launch(m, name_of(m, t.index) + ": ends while others wait for it at a barrier (" +
+      end_launch(m, name_of(m, t) + ": ends while others wait for it at a barrier (" +
                         text(b.where) + ")");
+  if (m.cluster.arrived)
+    end_launch(m, name_of(m, t) +
+                      ": ends while others wait for it at the barrier of the cluster (" +
+                      text(m.cluster.where) + ")");
   t.done = true;
+  ++block.done;
   warp.ready &= ~bit;
   warp.done |= bit;
   __tsan_release(&m.end_of_launch);
@@ -235,23 +306,70 @@ void thread_main() {
   std::abort();  // never resumed
 }
 
-void run_block(Machine& m, int set) {
+void note_turns(Machine& m, Where where, int ways) {
+  int& worst = m.conflicts[std::string(m.launch->kernel) + ", " + text(where)];
+  worst = std::max(worst, ways);
+}
+
+#ifndef EMULATOR_TSAN
+// Turns that the banks take: 4 bytes wide, 32 of them; 128 bytes of the lanes at a time, and the
+// same 4 bytes go to all that ask for them.
+int turns_of(const SharedAccess& a) {
+  const int together = 128 / (a.size < 4 ? 4 : a.size);  // lanes
+  int worst = 1;
+  for (int first = 0; first < kLanes; first += together) {
+    uint32_t words[32][kLanes];
+    int turns[32] = {};
+    for (int lane = first; lane < first + together; ++lane) {
+      if (!(a.lanes >> lane & 1)) continue;
+      for (uint32_t word = a.place[lane] / 4; 4 * word < a.place[lane] + a.size; ++word) {
+        uint32_t* bank = words[word % 32];
+        int& turn = turns[word % 32];
+        if (std::find(bank, bank + turn, word) == bank + turn) bank[turn++] = word;
+        worst = std::max(worst, turn);
+      }
+    }
+  }
+  return worst;
+}
+
+// The lanes have met: what they did before is complete.
+void judge_accesses(Machine& m, Warp& warp) {
+  for (SharedLine& line : warp.lines) {
+    for (const SharedAccess& access : line.accesses)
+      if (const int ways = turns_of(access); ways > 1) note_turns(m, line.where, ways);
+    line.accesses.clear();
+    for (size_t& turn : line.turn) turn = 0;
+  }
+}
+#else
+void judge_accesses(Machine&, Warp&) {}
+#endif
+
+// `first`: of the cluster, in the grid.
+void begin_block(Machine& m, int n, int set, int64_t first) {
   const Launch& l = *m.launch;
-  m.threads = m.sets[set];
-  m.warp_count = l.threads / kLanes;
+  Block& b = m.blocks[n];
+  b.threads = n ? m.more[n - 1] : m.sets[set];
+  b.done = 0;
+  b.started = false;
+  b.at[0] = (first + n) % l.grid[0];
+  b.at[1] = (first + n) / l.grid[0] % l.grid[1];
+  b.at[2] = (first + n) / l.grid[0] / l.grid[1];
   // Exactly as large as asked for, so that AddressSanitizer sees the end; full of NaNs.
   const size_t bytes = l.shared_bytes ? l.shared_bytes : 1;
-  void* block = nullptr;
-  if (posix_memalign(&block, 1024, bytes)) throw std::bad_alloc();
-  m.shared = static_cast<unsigned char*>(block);
-  std::memset(m.shared, 0xFF, bytes);
+  void* shared = nullptr;
+  if (posix_memalign(&shared, 1024, bytes)) throw std::bad_alloc();
+  b.shared = static_cast<unsigned char*>(shared);
+  std::memset(b.shared, 0xFF, bytes);
   for (int i = 0; i < l.threads; ++i) {
-    if (!m.threads[i]) {
-      m.threads[i] = std::make_unique<Thread>();
-      m.threads[i]->copies.reserve(kMaxCopies);
+    if (!b.threads[i]) {
+      b.threads[i] = std::make_unique<Thread>();
+      b.threads[i]->copies.reserve(kMaxCopies);
     }
-    Thread& t = *m.threads[i];
+    Thread& t = *b.threads[i];
     t.index = i;
+    t.block = n;
     t.done = false;
     t.waits_at = nullptr;
     t.ready = nullptr;
@@ -261,27 +379,41 @@ void run_block(Machine& m, int set) {
     t.context.prepare(thread_main);
   }
   for (int w = 0; w < m.warp_count; ++w) {
-    m.warps[w].ready = ~0u;
-    m.warps[w].done = m.warps[w].arrived = 0;
+    b.warps[w].ready = ~0u;
+    b.warps[w].done = b.warps[w].arrived = 0;
+#ifndef EMULATOR_TSAN
+    b.warps[w].lines.clear();
+#endif
   }
-  for (Barrier& b : m.barriers) {
-    b.arrived = 0;
-    for (uint32_t& lanes : b.waiting) lanes = 0;
+  for (Barrier& barrier : b.barriers) {
+    barrier.arrived = 0;
+    for (uint32_t& lanes : barrier.waiting) lanes = 0;
   }
+}
+
+void run_cluster(Machine& m, int set, int64_t first) {
+  m.block_count = m.launch->cluster;
+  m.warp_count = m.launch->threads / kLanes;
+  m.cluster.arrived = 0;
+  for (int n = 0; n < m.block_count; ++n) begin_block(m, n, set, first);
   m.running = nullptr;
   if (m.unit.begin) m.unit.begin();
   __tsan_release(&m.start);
   go_to(m, next_ready(m));
   if (m.unit.end && m.failure.empty()) {
     const std::string wrong = m.unit.end();
-    if (!wrong.empty()) m.failure = name_of(m, 0) + ": " + wrong;
+    if (!wrong.empty()) m.failure = name_of(m, *m.blocks[0].threads[0]) + ": " + wrong;
   }
-  m.shared = nullptr;
+  for (int n = 0; n < m.block_count; ++n) {
+    Block& b = m.blocks[n];
+    for (int w = 0; w < m.warp_count; ++w) judge_accesses(m, b.warps[w]);
 #ifdef EMULATOR_TSAN
-  m.left.push_back(block);  // its threads and the host meet at the end of the launch
+    m.left.push_back(b.shared);  // its threads and the host meet at the end of the launch
 #else
-  std::free(block);
+    std::free(b.shared);
 #endif
+    b.shared = nullptr;
+  }
 }
 
 }  // namespace
@@ -334,18 +466,15 @@ void launch(const Launch& l) {
   if (l.shared_bytes > kMaxShared) refuse("more shared memory than a multiprocessor has");
   for (int axis = 0; axis < 3; ++axis)
     if (l.grid[axis] < 1 || l.grid[axis] > (axis ? 65535 : 2147483647)) refuse("bad grid size");
+  if (l.cluster < 1 || l.cluster > kMaxCluster || l.grid[0] % l.cluster) refuse("bad cluster size");
   m.launch = &l;
   m.failure.clear();
   m.chance.seed(m.options.seed);
   const int64_t blocks = l.grid[0] * l.grid[1] * l.grid[2];
   const bool backwards = by_chance(m) && (m.options.seed & 1);
-  for (int64_t n = 0; n < blocks && m.failure.empty(); ++n) {
-    const int64_t at = backwards ? blocks - 1 - n : n;
-    m.block[0] = at % l.grid[0];
-    m.block[1] = at / l.grid[0] % l.grid[1];
-    m.block[2] = at / l.grid[0] / l.grid[1];
-    run_block(m, int(n % kSets));
-  }
+  const int64_t clusters = blocks / l.cluster;
+  for (int64_t n = 0; n < clusters && m.failure.empty(); ++n)
+    run_cluster(m, int(n % kSets), l.cluster * (backwards ? clusters - 1 - n : n));
   __tsan_acquire(&m.end_of_launch);
   for (void* block : m.left) std::free(block);
   m.left.clear();
@@ -357,20 +486,22 @@ void launch(const Launch& l) {
 
 int thread_x() { return machine().running->index; }
 int threads() { return machine().launch->threads; }
-int64_t block(int axis) { return machine().block[axis]; }
+int64_t block(int axis) { return here(machine()).at[axis]; }
 int64_t grid(int axis) { return machine().launch->grid[axis]; }
-unsigned char* shared_memory() { return machine().shared; }
+unsigned char* shared_memory() { return here(machine()).shared; }
+int cluster_rank() { return machine().running->block; }
+int cluster_size() { return machine().launch->cluster; }
 
 void fail(const std::string& message, Where where) {
   Machine& m = machine();
-  end_launch(m, name_of(m, m.running->index) + ", " + text(where) + ": " + message);
+  end_launch(m, name_of(m, *m.running) + ", " + text(where) + ": " + message);
 }
 
 void meet_warp(const char* name, uint32_t mask, const void* in, void* out, Compute compute,
                Where where) {
   Machine& m = machine();
-  const int index = m.running->index, lane = index % kLanes;
-  Warp& warp = m.warps[index / kLanes];
+  const int lane = m.running->index % kLanes;
+  Warp& warp = warp_of(m, *m.running);
   const uint32_t bit = 1u << lane;
   if (!(mask & bit)) fail(std::string(name) + ": the lane is not in its own mask", where);
   if (mask & warp.done) fail(std::string(name) + ": the mask has lanes that have ended", where);
@@ -389,6 +520,7 @@ void meet_warp(const char* name, uint32_t mask, const void* in, void* out, Compu
   poll();
   if (warp.arrived == mask) {
     if (compute) compute(warp.in, warp.out, mask);
+    judge_accesses(m, warp);
     warp.arrived = 0;
     ++warp.generation;
     warp.ready |= mask;
@@ -400,7 +532,7 @@ void meet_warp(const char* name, uint32_t mask, const void* in, void* out, Compu
 
 void sync_warp(uint32_t mask, Where where) {
   Machine& m = machine();
-  Warp& warp = m.warps[m.running->index / kLanes];
+  Warp& warp = warp_of(m, *m.running);
   char* order = &warp.sync[warp.generation & 1];
   __tsan_release(order);
   meet_warp("syncwarp", mask, nullptr, nullptr, nullptr, where);
@@ -410,14 +542,15 @@ void sync_warp(uint32_t mask, Where where) {
 bool sync_block(int id, int count, bool value, Where where) {
   Machine& m = machine();
   const int index = m.running->index;
-  Barrier& b = m.barriers[id];
+  Block& block = here(m);
+  Barrier& b = block.barriers[id];
   if (!b.arrived) {
     b.where = where;
     b.count = count;
     b.any = false;
     if (count == m.launch->threads)
       for (int w = 0; w < m.warp_count; ++w)
-        if (m.warps[w].done) fail("barrier: threads of the block have ended", where);
+        if (block.warps[w].done) fail("barrier: threads of the block have ended", where);
   } else if (b.where.line != where.line || b.count != count) {
     fail("divergent: others are at the barrier of " + text(b.where), where);
   }
@@ -430,12 +563,13 @@ bool sync_block(int id, int count, bool value, Where where) {
     b.result = b.any;
     ++b.generation;
     for (int w = 0; w < m.warp_count; ++w) {
-      m.warps[w].ready |= b.waiting[w];
+      block.warps[w].ready |= b.waiting[w];
       b.waiting[w] = 0;
+      if (count == m.launch->threads) judge_accesses(m, block.warps[w]);
     }
   } else {
     b.waiting[index / kLanes] |= 1u << (index % kLanes);
-    m.warps[index / kLanes].ready &= ~(1u << (index % kLanes));
+    block.warps[index / kLanes].ready &= ~(1u << (index % kLanes));
     wait_here(m, "a barrier of the block", where);
   }
   __tsan_acquire(order);
@@ -452,7 +586,7 @@ void wait_for_others(const char* name, Where where) {
   Thread& t = *m.running;
   t.ready = [](void*) { return true; };
   t.last = true;
-  m.warps[t.index / kLanes].ready &= ~(1u << (t.index % kLanes));
+  warp_of(m, t).ready &= ~(1u << (t.index % kLanes));
   wait_here(m, name, where);
   t.last = false;
 }
@@ -461,11 +595,8 @@ void yield() {
   Machine& m = machine();
   if (!by_chance(m) || m.chance() % 2) return;
   wake(m, false);
-  const int start = int(m.chance() % m.warp_count);
-  for (int i = 0; i < m.warp_count; ++i) {
-    const int w = (start + i) % m.warp_count;
-    if (m.warps[w].ready) return go_to(m, first_of(m, w, m.warps[w].ready));
-  }
+  Block& b = m.block_count > 1 ? m.blocks[m.chance() % m.block_count] : here(m);
+  if (Thread* next = next_of(m, b, int(m.chance() % m.warp_count))) go_to(m, next);
 }
 
 void wait_until(const char* name, bool (*ready)(void*), void* state, Where where) {
@@ -475,8 +606,90 @@ void wait_until(const char* name, bool (*ready)(void*), void* state, Where where
   Thread& t = *m.running;
   t.ready = ready;
   t.ready_state = state;
-  m.warps[t.index / kLanes].ready &= ~(1u << (t.index % kLanes));
+  warp_of(m, t).ready &= ~(1u << (t.index % kLanes));
   wait_here(m, name, where);
+}
+
+// ---- clusters ----------------------------------------------------------------------------------
+
+void sync_cluster(Where where) {
+  Machine& m = machine();
+  ClusterBarrier& b = m.cluster;
+  yield();
+  if (!b.arrived) {
+    b.where = where;
+    for (int n = 0; n < m.block_count; ++n)
+      if (m.blocks[n].done) fail("barrier.cluster: threads of the cluster have ended", where);
+  } else if (b.where.line != where.line) {
+    fail("divergent: others are at the barrier of the cluster of " + text(b.where), where);
+  }
+  struct State {
+    const ClusterBarrier* barrier;
+    int64_t phase;
+  } state{&b, b.phase};
+  char* order = &b.sync[b.phase & 1];
+  __tsan_release(order);
+  if (++b.arrived == m.block_count * m.launch->threads) {
+    b.arrived = 0;
+    ++b.phase;
+  }
+  wait_until(
+      "the barrier of the cluster",
+      [](void* p) {
+        const auto& s = *static_cast<State*>(p);
+        return s.barrier->phase != s.phase;
+      },
+      &state, where);
+  __tsan_acquire(order);
+}
+
+const void* remote_shared(const void* p, size_t bytes, int rank, Where where) {
+  Machine& m = machine();
+  if (rank < 0 || rank >= m.block_count)
+    fail(
+        "mapa: block " + std::to_string(rank) + " of a cluster of " + std::to_string(m.block_count),
+        where);
+  const auto* at = static_cast<const unsigned char*>(p);
+  const unsigned char* own = here(m).shared;
+  if (at < own || at + bytes > own + m.launch->shared_bytes)
+    fail("ld.shared::cluster: out of shared memory", where);
+  if (uintptr_t(at) % bytes) fail("ld.shared::cluster: misaligned", where);
+  const Block& other = m.blocks[rank];
+  const bool ended = other.done == m.launch->threads;
+  if (!other.started || ended)
+    fail("ld.shared::cluster: block " + std::to_string(rank) + " of the cluster " +
+             (ended ? "has ended" : "may not have started"),
+         where);
+  return other.shared + (at - own);
+}
+
+// ---- plain accesses ----------------------------------------------------------------------------
+
+void note_shared_access(const void* p, size_t bytes, Where where) {
+  Machine& m = machine();
+  const Block& block = here(m);
+  const auto* at = static_cast<const unsigned char*>(p);
+  if (at < block.shared || at + bytes > block.shared + m.launch->shared_bytes)
+    fail("out of shared memory", where);
+  if (uintptr_t(at) % bytes) fail("shared memory: misaligned", where);
+#ifndef EMULATOR_TSAN
+  const int lane = m.running->index % kLanes;
+  std::vector<SharedLine>& lines = warp_of(m, *m.running).lines;
+  const auto here_again = [&](const SharedLine& line) {
+    return line.where.line == where.line && line.where.file == where.file;
+  };
+  auto line = std::find_if(lines.begin(), lines.end(), here_again);
+  if (line == lines.end()) {
+    lines.push_back({where, {}, {}});
+    line = lines.end() - 1;
+  }
+  const size_t turn = line->turn[lane]++;
+  if (turn == line->accesses.size()) line->accesses.emplace_back();
+  SharedAccess& access = line->accesses[turn];
+  access.place[lane] = uint32_t(at - block.shared);
+  access.lanes |= 1u << lane;
+  access.size = int(bytes);
+#endif
 }
 
 // ---- asynchronous copies -----------------------------------------------------------------------
@@ -496,8 +709,8 @@ void copy_async(void* shared, const void* source, int size, int bytes, Where whe
   Machine& m = machine();
   auto* to = static_cast<char*>(shared);
   const auto* from = static_cast<const char*>(source);
-  if (to < reinterpret_cast<char*>(m.shared) ||
-      to + size > reinterpret_cast<char*>(m.shared) + m.launch->shared_bytes)
+  auto* begin = reinterpret_cast<char*>(here(m).shared);
+  if (to < begin || to + size > begin + m.launch->shared_bytes)
     fail("copy: out of shared memory", where);
   if (uintptr_t(to) % size || uintptr_t(from) % size) fail("copy: misaligned", where);
 #ifdef EMULATOR_ASAN
@@ -541,9 +754,7 @@ void poll() {
 
 void note_bank_conflict(int ways) {
   Machine& m = machine();
-  const Warp& warp = m.warps[m.running->index / kLanes];
-  int& worst = m.conflicts[std::string(m.launch->kernel) + ", " + text(warp.where)];
-  worst = worst > ways ? worst : ways;
+  note_turns(m, warp_of(m, *m.running).where, ways);
 }
 
 void note_rare(const char* what) {
@@ -560,7 +771,7 @@ void note_rare(const char* what) {
 extern "C" __attribute__((visibility("default"))) void __asan_on_error() {
   Machine& m = machine();
   if (m.launch && m.running)
-    std::fprintf(stderr, "emulator: in %s\n", name_of(m, m.running->index).c_str());
+    std::fprintf(stderr, "emulator: in %s\n", name_of(m, *m.running).c_str());
 }
 
 }  // namespace emulator

@@ -34,7 +34,8 @@ struct Options {
 };
 void set_options(const Options& options);
 
-// "kernel, file:line: 8 ways" of every ldmatrix whose rows shared banks since the last call.
+// "kernel, file:line: 8 ways" since the last call: of every ldmatrix whose rows shared banks, and
+// of every load_shared and store_shared whose lanes did.
 std::vector<std::string> take_bank_conflicts();
 
 // What kernels called note_rare with since the last call. A kernel that repairs what it finds
@@ -50,6 +51,7 @@ std::vector<std::string> take_launches();
 struct Launch {
   const char* kernel;
   int64_t grid[3];
+  int cluster;  // blocks of one, along x
   int threads;
   size_t shared_bytes;
   void (*body)(const void* params);
@@ -65,6 +67,8 @@ int threads();
 int64_t block(int axis);
 int64_t grid(int axis);
 unsigned char* shared_memory();
+int cluster_rank();
+int cluster_size();
 
 // Ends the launch.
 [[noreturn]] void fail(const std::string& message, Where where);
@@ -89,6 +93,15 @@ void wait_copies(int groups_left);
 // For instructions that wait for others' work, such as a transaction barrier: goes on when
 // ready(state) is true, which the scheduler asks when no thread can run.
 void wait_until(const char* name, bool (*ready)(void*), void* state, Where where);
+
+// All threads of the cluster meet here: what they wrote before is seen behind it.
+void sync_cluster(Where where);
+// Where p, in this block's shared memory, lies in that of the cluster's block `rank`.
+const void* remote_shared(const void* p, size_t bytes, int rank, Where where);
+
+// A load or a store of 2, 4, 8 or 16 bytes in shared memory. Those of a warp's lanes by one line
+// are one access: the first of each since the lanes last met, the second, and so on.
+void note_shared_access(const void* p, size_t bytes, Where where);
 
 // Notes that 8 rows of 16 bytes, fetched from shared memory in one go, took `ways` turns.
 void note_bank_conflict(int ways);

@@ -19,7 +19,13 @@ Hopper& hopper() {
   return *h;
 }
 
+// The state is of one block.
+static void expect_no_cluster(const char* what, Where where) {
+  if (cluster_size() > 1) fail(std::string(what) + ": not emulated in clusters", where);
+}
+
 uint32_t in_shared(const void* p, size_t bytes, const char* what, Where where) {
+  expect_no_cluster(what, where);
   const auto* at = static_cast<const unsigned char*>(p);
   if (at < shared_memory() || at + bytes > shared_memory() + shared_bytes())
     fail(std::string(what) + ": out of shared memory", where);
@@ -254,6 +260,7 @@ void set_registers(int count, bool more, Where where) {
     h.given = kRegisters / threads() / 8 * 8;
     h.free_registers = kRegisters - h.given * threads();
   }
+  expect_no_cluster("setmaxnreg", where);
   if (count % 8 || count < 24 || count > 256) fail("setmaxnreg: 24 to 256, by 8", where);
   int& mine = h.registers[thread_x()];
   if (!mine) mine = h.given;
@@ -278,6 +285,7 @@ void set_registers(int count, bool more, Where where) {
 void sync_named(int id, int count, bool waits, Where where) {
   const Untracked untracked;
   yield();
+  expect_no_cluster("named barrier", where);
   if (id < 1 || id >= Hopper::kNamed) fail("named barrier: 1 to 15", where);
   if (count % 32) fail("named barrier: whole warps", where);
   NamedBarrier& b = hopper().named[id];

@@ -32,6 +32,19 @@ inline bool sync_threads_or(bool value, Where where = Where::here()) {
 }
 inline void sync_warp(Where where = Where::here()) { emulator::sync_warp(~0u, where); }
 
+// ---- shared memory -----------------------------------------------------------------------------
+
+template <typename T>
+inline T load_shared(const T* p, Where where = Where::here()) {
+  emulator::note_shared_access(p, sizeof(T), where);
+  return *p;
+}
+template <typename T>
+inline void store_shared(T* p, const T& value, Where where = Where::here()) {
+  emulator::note_shared_access(p, sizeof(T), where);
+  *p = value;
+}
+
 // ---- exchange ----------------------------------------------------------------------------------
 
 struct ShuffleIn {

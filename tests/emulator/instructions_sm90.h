@@ -43,6 +43,13 @@ inline void copy_box(void* shared, const TensorMap* map, Mbarrier* barrier, int 
 }
 inline void prefetch_map(const TensorMap*) {}
 
+inline int cluster_rank() { return emulator::cluster_rank(); }
+inline int cluster_size() { return emulator::cluster_size(); }
+inline void sync_cluster(Where where = Where::here()) { emulator::sync_cluster(where); }
+inline float load_remote(const float* p, int rank, Where where = Where::here()) {
+  return *static_cast<const float*>(emulator::remote_shared(p, sizeof(float), rank, where));
+}
+
 template <int kRegisters>
 inline void give_registers(Where where = Where::here()) {
   emulator::set_registers(kRegisters, false, where);

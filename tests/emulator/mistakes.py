@@ -15,11 +15,18 @@ class Mistake(NamedTuple):
     caught: str = "lazy"
     says: str = ""  # a part of what is reported
     program: str = "check"  # that it is noticed in
+    into: str = ""  # the one .cu file that gets it, where a header would take it to several
 
 
 FORWARD = "attention_forward.h"
 BACKWARD = "attention_backward.h"
 TILE = "attention_tile.h"
+
+
+def cluster(name: str, old: str, new: str, caught: str = "lazy", says: str = "") -> Mistake:
+    """In what rows in clusters share; noticed in one of the kernels that do."""
+    return Mistake(name, "rows.h", old, new, caught, says, "check_rows", "softmax_forward")
+
 
 MISTAKES = [
     # ---- waiting for copies
@@ -87,16 +94,20 @@ MISTAKES = [
     Mistake(
         "a reduction that reads before all have written",
         "rows.h",
-        "    if (lane == 0) shared[warp] = value;\n    sync_threads();\n",
-        "    if (lane == 0) shared[warp] = value;\n",
+        "    if (lane == 0) store_shared(shared + warp, value);\n    sync_threads();\n",
+        "    if (lane == 0) store_shared(shared + warp, value);\n",
+        program="check_rows",
+        into="softmax_forward",
     ),
     Mistake(
         "a reduction that overwrites the last result",
         "rows.h",
-        "    sync_threads();  // the last result has been read\n    if (lane == 0) shared[warp]",
-        "    if (lane == 0) shared[warp]",
+        "    sync_threads();  // the last result has been read\n    if (lane == 0) store_shared(",
+        "    if (lane == 0) store_shared(",
         caught="thread",
         says="data race",
+        program="check_rows",
+        into="softmax_forward",
     ),
     Mistake(
         "a barrier that only some threads reach",
@@ -104,6 +115,8 @@ MISTAKES = [
         "    sync_threads();  // the last result has been read\n",
         "    if (exists) sync_threads();\n",
         says="divergent",
+        program="check_rows",
+        into="softmax_forward",
     ),
     Mistake(
         "a barrier behind which a thread has left",
@@ -111,6 +124,7 @@ MISTAKES = [
         "  sync_threads();\n  if (line > 1 || column >= c.width) return;",
         "  if (line > 1 || column >= c.width) return;\n  sync_threads();",
         says="barrier",
+        program="check_rows",
     ),
     # ---- collectives
     Mistake(
@@ -159,12 +173,16 @@ MISTAKES = [
         "rows.h",
         "  if (aligned && column + kPack<T> <= width) return *rein",
         "  if (aligned) return *rein",
+        program="check_rows",
+        into="softmax_forward",
     ),
     Mistake(
         "16 bytes at an address that is not aligned to them",
         "rows.h",
         "    if (sizes[i] > 1 && v.stride[i] % kPack<T> != 0) return false;\n",
         "",
+        program="check_rows",
+        into="softmax_forward",
     ),
     Mistake(
         "a store beyond the end of the output",
@@ -185,6 +203,85 @@ MISTAKES = [
         "store_weights<T>(c, first_row, begin",
         "store_weights<T>(c, first_row / 2, begin",
         caught="thread",
+        program="check_rows",
+    ),
+    # ---- clusters
+    cluster(
+        "a number of another block read before the block is there",
+        "    sync_cluster();\n    return load_remote",
+        "    return load_remote",
+        says="may not have started",
+    ),
+    cluster(
+        "a number overwritten before other blocks have read it",
+        "    turn ^= 1;\n",
+        "",
+    ),
+    cluster(
+        "a number of another block overwritten while it is read",
+        "    turn ^= 1;\n",
+        "",
+        caught="thread",
+        says="data race",
+    ),
+    cluster(
+        "a block that ends while others read its memory",
+        "    if (blocks > 1) sync_cluster();\n",
+        "",
+        says="of the cluster has ended",
+    ),
+    cluster(
+        "a barrier of the cluster that one block skips",
+        "    if (blocks > 1) sync_cluster();\n",
+        "    if (rank == 0) sync_cluster();\n",
+        says="ends while others wait for it at the barrier of the cluster",
+    ),
+    cluster(
+        "a barrier of the cluster for some of the threads",
+        "    if (blocks > 1) sync_cluster();\n",
+        "    if (blocks > 1 && thread_x() < 32) sync_cluster();\n",
+        says="threads of the cluster have ended",
+    ),
+    cluster(
+        "two barriers for the threads of a cluster",
+        "    if (thread_x() == 0) store_shared(own, value);\n    sync_cluster();\n",
+        "    if (thread_x() == 0) {\n      store_shared(own, value);\n      sync_cluster();\n"
+        "    } else {\n      sync_cluster();\n    }\n",
+        says="divergent",
+    ),
+    cluster(
+        "a block that is not of the cluster",
+        "thread_x() & (blocks - 1)",
+        "thread_x() & (2 * blocks - 1)",
+        says="mapa: block",
+    ),
+    cluster(
+        "a remote address beyond the end",
+        "load_remote(own, ",
+        "load_remote(own + plan.bytes / 4, ",
+        says="ld.shared::cluster: out of shared memory",
+    ),
+    cluster(
+        "a cluster whose blocks all take the first one's part",
+        "rank * kWideThreads + thread_x()",
+        "thread_x()",
+    ),
+    cluster(
+        "clusters that walk on as if they were blocks",
+        "kWide ? grid_x() / blocks",
+        "kWide ? grid_x()",
+    ),
+    cluster(
+        "room for less than a block's part of the row",
+        "size_t((packs + together - 1) / together)",
+        "size_t(packs / together)",
+        says="out of shared memory",
+    ),
+    cluster(
+        "neighbouring threads whose numbers share banks",
+        "(k * parts + part) * kWideThreads + thread_x()",
+        "(k * kWideThreads + thread_x()) * parts + part",
+        says="2 ways",
     ),
     # ---- arithmetic
     Mistake(

@@ -8,7 +8,8 @@ A line is one kernel on one architecture: registers a thread, bytes of local mem
 or loads from for want of registers (its own code; functions that it calls for rare rows are not
 counted), bytes of shared memory (the compiler's and the launch's), blocks that fit on a
 multiprocessor, and instructions: products of warps (HMMA) and of warpgroups (HGMMA), asynchronous
-copies of 16 bytes (LDGSTS.128) and of boxes (UTMALDG). Figures hold for the nvcc that the table names.
+copies of 16 bytes (LDGSTS.128) and of boxes (UTMALDG), barriers of a cluster (UCGABAR_WAIT). Figures
+hold for the nvcc that the table names.
 
 Needs the built module and cuobjdump and nvdisasm: the toolkit's, or those that Triton brings.
 """
@@ -40,6 +41,7 @@ INSTRUCTIONS = {
     "hgmma": r"\bHGMMA\b",
     "ldgsts128": r"\bLDGSTS\.\S*128",
     "utmaldg": r"\bUTMALDG\b",
+    "ucgabar": r"\bUCGABAR_WAIT\b",
 }
 # What kernels take their time in: these must not spill.
 MAIN = re.compile(
@@ -59,6 +61,7 @@ class Line(NamedTuple):
     hgmma: int
     ldgsts128: int
     utmaldg: int
+    ucgabar: int
 
     @property
     def key(self) -> tuple[str, str]:
@@ -223,6 +226,8 @@ def problems(line: Line, before: Line | None) -> Iterator[str]:
     kind = line.kernel.split("/")[0]
     if kind == "attention_forward_sm90":
         needed = ["hgmma", "utmaldg"]
+    elif line.arch == "sm_90" and re.match(r"(layer_norm|softmax).*/0$", line.kernel):
+        needed = ["ucgabar"]
     else:
         needed = ["hmma", "ldgsts128"] if re.match(r"attention_(?!merge)", kind) else []
     for name in needed:

@@ -41,7 +41,7 @@ template <typename T>
 void print_rows(const char* kernel, const char* type, int pack_bytes, int max_threads) {
   constexpr size_t kShared = 227 << 10;
   for (int64_t width : {32 * kPack<T>, 4 * max_threads * kPack<T>, 6 * max_threads * kPack<T>}) {
-    const RowPlan plan = row_plan(width, kPack<T>, pack_bytes, kShared, max_threads);
+    const RowPlan plan = row_plan(width, kPack<T>, pack_bytes, kShared, max_threads, 1);
     std::printf("%s/%s/%d %d %zu\n", kernel, type, plan.held, plan.threads * plan.groups,
                 plan.bytes);
   }
