@@ -30,12 +30,15 @@ def test_what_is_built_is_as_in_the_table(capsys):
 
 @pytest.mark.slow
 @pytest.mark.skipif(NVCC is None, reason="no nvcc")
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_ptxas_has_no_warnings(head_dim, tmp_path):
+@pytest.mark.parametrize(
+    ("direction", "head_dim"),
+    [("forward", 64), ("forward", 128), ("forward", 256), ("backward", 64), ("backward", 128)],
+)
+def test_ptxas_has_no_warnings(direction, head_dim, tmp_path):
     """C75xx: products that are serialised, or registers that cannot be handed over."""
     csrc = build.SOURCES / "csrc"
     command = [NVCC, "-std=c++17", "-O3", "-arch=sm_90a", f"-DFASTATTN_HEAD_DIM={head_dim}"]
-    command += [f"-I{csrc / 'common'}", "-cubin", str(csrc / "cuda/attention_forward_sm90.cu")]
+    command += [f"-I{csrc / 'common'}", "-cubin", str(csrc / f"cuda/attention_{direction}_sm90.cu")]
     command += ["-o", str(tmp_path / "kernel.cubin")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout + done.stderr == ""
@@ -66,7 +69,11 @@ def test_a_spill_of_a_main_configuration_is_said_whatever_the_table_has():
     rare = spills._replace(kernel="attention_forward/bf16/128/modified")
     assert said(rare, rare) == []
     assert said(rare._replace(spilled=0), rare) == ["spills 8 bytes, 0 before"]
-    for name in ("layer_norm_forward/bf16/4", "attention_forward_sm90/f16/64/128"):
+    for name in (
+        "layer_norm_forward/bf16/4",
+        "attention_forward_sm90/f16/64/128",
+        "attention_dkdv_sm90/f16/128",
+    ):
         line = spills._replace(kernel=name, hgmma=1, utmaldg=1)
         assert said(line, line) == ["spills 8 bytes, in a main configuration"]
 

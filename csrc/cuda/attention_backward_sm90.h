@@ -9,10 +9,10 @@
 // across blocks, in float32 in memory, with atomics or in turns.
 //
 // One warp, the producer, fetches; where queries are walked through, another brings their lse and
-// delta. Two or three warpgroups own 64 rows each. A tile walked through has for each of c and d
-// two transaction barriers: `full`, where it arrives, and `empty`, where the consumers do. The s of
-// the next tile is issued before ds . c of this one, so that its softmax runs while the tensor
-// cores multiply.
+// delta. Two warpgroups consume, 64 of the owned rows each. A tile walked through has three
+// transaction barriers: `full`, where c arrives, another for d, and `empty`, where the consumers
+// do. The s of the next tile is issued before ds . c of this one, so that its softmax runs while
+// the tensor cores multiply.
 #pragma once
 #include "attention_backward.h"
 #include "attention_sm90.h"
@@ -41,13 +41,14 @@ template <int kHeadDim, bool kOfKeys>
 struct Sm90BackwardShape {
   static constexpr int kGroups = 2;  // that consume
   static constexpr int kM = 64 * kGroups;
-  static constexpr int kN = kHeadDim == 128 ? (kOfKeys ? 64 : 96) : 96;  // of a tile walked through
-  static constexpr int kStages = 2;
+  // Of a tile walked through: as many as registers hold s and dp of, beside the sums.
+  static constexpr int kN = kHeadDim == 128 ? (kOfKeys ? 64 : 96) : (kOfKeys ? 96 : 128);
+  static constexpr int kStages = 3;
   static constexpr int kThreads = kWarpgroup * (kGroups + 1);
   static constexpr int kOwnedBytes = kM * kHeadDim * 2;
   static constexpr int kWalkedBytes = kN * kHeadDim * 2;
   static constexpr int kRowBytes = kOfKeys ? 2 * kN * int(sizeof(float)) : 0;
-  static constexpr int kBarriers = 2 + 4 * kStages;
+  static constexpr int kBarriers = 2 + 3 * kStages;
   static constexpr size_t kBytes = 2 * kOwnedBytes + kStages * (2 * kWalkedBytes + kRowBytes) +
                                    kBarriers * sizeof(Mbarrier) + sizeof(Sm90Walk);
 };
@@ -100,18 +101,17 @@ struct Sm90BackwardMemory {
   FASTATTN_DEVICE Mbarrier* full(int of, int stage) const {
     return owned_full(2) + of * kStages + stage;
   }
-  FASTATTN_DEVICE Mbarrier* empty(int of, int stage) const { return full(2 + of, stage); }
-
-  FASTATTN_DEVICE Sm90Walk* walk() const { return reinterpret_cast<Sm90Walk*>(full(4, 0)); }
+  FASTATTN_DEVICE Mbarrier* empty(int stage) const { return full(2, stage); }
+  FASTATTN_DEVICE Sm90Walk* walk() const { return reinterpret_cast<Sm90Walk*>(full(3, 0)); }
 
   FASTATTN_DEVICE void init(const BackwardCall& c) const {
     *walk() = walk_of<Shape, kOfKeys>(c);
-    for (int of = 0; of < 2; ++of) {
-      init_barrier(owned_full(of), 1);
-      for (int n = 0; n < kStages; ++n) {
-        init_barrier(full(of, n), kOfKeys && of == 0 ? 2 : 1);  // with c come its lse and delta
-        init_barrier(empty(of, n), Shape::kGroups * kWarpgroup / 32);  // a lane of each warp
-      }
+    init_barrier(owned_full(0), 1);
+    init_barrier(owned_full(1), 1);
+    for (int n = 0; n < kStages; ++n) {
+      init_barrier(full(0, n), kOfKeys ? 2 : 1);  // with c come lse and delta
+      init_barrier(full(1, n), 1);
+      init_barrier(empty(n), Shape::kGroups * kWarpgroup / 32);  // a lane of each warp
     }
     fence_async();
   }
@@ -134,13 +134,12 @@ FASTATTN_DEVICE void produce(const Sm90BackwardCall& call,
   FASTATTN_NO_UNROLL
   for (int n = 0; n < walk.total; ++n) {
     const Stage<Shape::kStages> stage{unsigned(n)};
+    wait_barrier(memory.empty(stage.index), stage.parity ^ 1);
     FASTATTN_UNROLL
-    for (int of = 0; of < 2; ++of) {
-      wait_barrier(memory.empty(of, stage.index), stage.parity ^ 1);
+    for (int of = 0; of < 2; ++of)
       fetch_panels<kHeadDim>(memory.walked(of, stage.index), call.walked[of],
                              memory.full(of, stage.index), Shape::kN, walk.start(n),
                              walk.walked_head(n), walk.batch);
-    }
   }
 }
 
@@ -156,7 +155,7 @@ FASTATTN_DEVICE void produce_rows(const BackwardCall& c,
     const Stage<Shape::kStages> stage{unsigned(n)};
     const int start = walk.start(n);
     const int64_t rows = c.p.row(walk.batch, walk.walked_head(n), start);
-    wait_barrier(memory.empty(0, stage.index), stage.parity ^ 1);
+    wait_barrier(memory.empty(stage.index), stage.parity ^ 1);
     for (int r = lane; r < Shape::kN; r += 32) {
       const bool exists = start + r < c.p.q_len;
       memory.reference(stage.index)[r] = exists ? c.rows.reference[rows + r] : -hidden_score();
@@ -203,9 +202,6 @@ struct Sm90BackwardConsumer {
   // The lane's rows of the block's tile, as queries or keys.
   FASTATTN_DEVICE int row(int n) const {
     return first + thread_x() / 32 % 4 * 16 + thread_x() % 32 / 4 + 8 * n;
-  }
-  FASTATTN_DEVICE static void release(Mbarrier* empty) {
-    if (thread_x() % 32 == 0) arrive(empty);
   }
   FASTATTN_DEVICE uint64_t walked(int of, int stage) const {
     return tile_descriptor(memory.walked(of, stage), kN * kPanelRowBytes);
@@ -259,7 +255,7 @@ struct Sm90BackwardConsumer {
     }
   }
 
-  // s += or = ds . c of the tile before, which w holds.
+  // sum += or = ds . c of the tile before, whose ds w holds.
   FASTATTN_DEVICE void issue_sum(int n) {
     const Stage<kStages> last{unsigned(n - 1)};
     pin(w);
@@ -267,14 +263,15 @@ struct Sm90BackwardConsumer {
     fence_products();
     issue_columns<T>(sum, w, walked(0, last.index), n > 1);
   }
-  // The c that it has read.
+  // That tile is done with.
   FASTATTN_DEVICE void release_last(int n) {
     pin(sum);
     pin(w);
     sync_warp();  // all lanes have read its lse and delta
-    release(memory.empty(0, Stage<kStages>{unsigned(n - 1)}.index));
+    if (thread_x() % 32 == 0) arrive(memory.empty(Stage<kStages>{unsigned(n - 1)}.index));
   }
-  // From the products of one tile to ds in w; on its way ds . c of the tile before.
+  // From the products of one tile to its ds in w, which the next step multiplies by c: as it does
+  // here of the tile before. Nothing is under way at its end.
   template <bool kFirst>
   FASTATTN_DEVICE void step(int n) {
     const Stage<kStages> now{unsigned(n)};
@@ -312,7 +309,6 @@ struct Sm90BackwardConsumer {
       pin(dp);
       differentiate(now.index);
     }
-    release(memory.empty(1, now.index));
     pack_fragments<T>(w, dp);
   }
 
