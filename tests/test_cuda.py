@@ -156,7 +156,7 @@ def outcome(mistake, programs, folder):
     sanitizer = "thread" if mistake.caught == "thread" else "address"
     changed = build.including(mistake.file)
     if mistake.program != "check_sm90":  # which alone runs it
-        changed -= {"attention_forward_sm90"}
+        changed -= {"attention_forward_sm90", "attention_backward_sm90"}
     if mistake.into:
         changed &= {mistake.into}
     program = build.build(

@@ -61,7 +61,11 @@ def test_a_spill_of_a_main_configuration_is_said_whatever_the_table_has():
     rare = spills._replace(kernel="attention_forward/bf16/128/modified")
     assert said(rare, rare) == []
     assert said(rare._replace(spilled=0), rare) == ["spills 8 bytes, 0 before"]
-    for name in ("layer_norm_forward/bf16/4", "attention_forward_sm90/f16/64/128"):
+    for name in (
+        "layer_norm_forward/bf16/4",
+        "attention_forward_sm90/f16/64/128",
+        "attention_dkdv_sm90/f16/128",
+    ):
         line = spills._replace(kernel=name, hgmma=1, utmaldg=1)
         assert said(line, line) == ["spills 8 bytes, in a main configuration"]
 

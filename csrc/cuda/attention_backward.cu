@@ -29,13 +29,16 @@ void walk(BackwardCall c, const Device& device) {
 }
 
 template <typename T>
+void run_rows(BackwardCall c, const Device& device) {
+  c.tiles = int(tiles_of(c.p.q_len, Shape::kM));
+  launch("attention_backward, rows", attention_rows_kernel<T, kHeadDim>,
+         Grid{int64_t(c.tiles) * c.p.batch * c.p.heads}, kAttentionThreads, Shape::kRowBytes,
+         device.stream, c);
+}
+
+template <typename T>
 void run(BackwardCall c, const Device& device) {
   const Problem& p = c.p;
-  c.tiles = int(tiles_of(p.q_len, Shape::kM));
-  launch("attention_backward, rows", attention_rows_kernel<T, kHeadDim>,
-         Grid{int64_t(c.tiles) * p.batch * p.heads}, kAttentionThreads, Shape::kRowBytes,
-         device.stream, c);
-  if (p.k_len == 0) return;
   if (p.modified)
     walk<T, true>(c, device);
   else
@@ -49,6 +52,14 @@ void run(BackwardCall c, const Device& device) {
 }
 
 }  // namespace
+
+template <>
+void attention_rows_of<FASTATTN_HEAD_DIM>(DType dtype, BackwardCall c, const Device& device) {
+  if (dtype == DType::kBFloat16)
+    run_rows<bf16>(c, device);
+  else
+    run_rows<f16>(c, device);
+}
 
 template <>
 void attention_backward_of<FASTATTN_HEAD_DIM>(DType dtype, BackwardCall c, const Device& device) {

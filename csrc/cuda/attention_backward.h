@@ -31,8 +31,8 @@ struct BackwardCall {
   float* delta_out;  // as rows.delta, plus dlse: what the caller asked for
   View dq, dk, dv, dbias;
   bool dq_aligned, dk_aligned, dv_aligned;
-  int tiles, walked;           // of the kernel at hand: tiles of a head, heads
-  int own_batches, own_heads;  // of dbias
+  int tiles, walked, together;  // of the kernel at hand: tiles of a head, heads; see TileOrder
+  int own_batches, own_heads;   // of dbias
   bool shares_queries, shares_keys;
 };
 
@@ -563,7 +563,10 @@ attention_dbias_kernel(FASTATTN_PARAMS BackwardCall c) {
   }
 }
 
-// Launches of one head dim: attention_backward.cu is compiled once for each.
+// Launches of one head dim: attention_backward.cu is compiled once for each. First those of the
+// rows.
+template <int kHeadDim>
+void attention_rows_of(DType dtype, BackwardCall call, const Device& device);
 template <int kHeadDim>
 void attention_backward_of(DType dtype, BackwardCall call, const Device& device);
 

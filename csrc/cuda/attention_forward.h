@@ -45,20 +45,6 @@ struct ForwardShape {
   static constexpr size_t kBytes = size_t(kM + 2 * kN) * kHeadDim * 2;
 };
 
-// Which tile a block takes. Heads in groups whose keys stay in cache together; in a group the last
-// tile of each head first, since under a causal mask it has the most keys.
-struct TileOrder {
-  int tile, head;
-
-  FASTATTN_DEVICE TileOrder(int block, int tiles, int heads, int together) {
-    const int first = block / (tiles * together) * together;
-    const int rest = block - first * tiles;
-    const int here = heads - first < together ? heads - first : together;
-    tile = tiles - 1 - rest / here;
-    head = first + rest % here;
-  }
-};
-
 template <typename T, int kHeadDim, bool kModified>
 struct Forward {
   using Shape = ForwardShape<kHeadDim, kModified>;

@@ -7,28 +7,12 @@
 namespace fastattn {
 namespace {
 
-// A build for other architectures alone has nothing in this kernel.
-template <typename Kernel>
-void check_is_built(Kernel* kernel) {
-#ifndef FASTATTN_EMULATE
-  static const int version = [&] {
-    cudaFuncAttributes attributes;
-    check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)),
-          "attention_forward, sm_90a");
-    return attributes.binaryVersion;
-  }();
-  if (version != 90) throw std::runtime_error("attention_forward: built without sm_90a");
-#else
-  (void)kernel;
-#endif
-}
-
 template <typename T, int kHeadDim, int kKeys>
 void run(const AttentionParams& p, const ForwardCall& call, const Device& device) {
   using Shape = Sm90Shape<kHeadDim, kKeys>;
   const AttentionShape& s = p.shape;
   const auto kernel = attention_forward_sm90_kernel<T, kHeadDim, kKeys>;
-  check_is_built(kernel);
+  check_is_built("attention_forward, sm_90a", kernel);
   Sm90Call c{};
   c.c = call;
   const auto map = [&](const View& v, int64_t width, int64_t length, int64_t heads, int rows) {
@@ -55,7 +39,7 @@ void run(const AttentionParams& p, const ForwardCall& c, const Device& device) {
 
 template <int kHeadDim>
 void run_if_there(const AttentionParams& p, const ForwardCall& c, const Device& device) {
-  if constexpr (has_sm90_kernel(kHeadDim)) {
+  if constexpr (has_sm90_forward(kHeadDim)) {
     if (p.dtype == DType::kBFloat16)
       run<bf16, kHeadDim>(p, c, device);
     else

@@ -12,6 +12,7 @@
 // describes) attention_forward.h does.
 #pragma once
 #include "attention_sm90.h"
+#include "attention_tile_sm90.h"
 
 namespace fastattn {
 
@@ -35,9 +36,6 @@ struct Sm90Shape {
   static constexpr int kM = 64 * kGroups;
   static constexpr int kThreads = kWarpgroup * (kGroups + 1);
   static constexpr int kStages = 2;
-  // Of a multiprocessor's 64 K: what the producer gives up, the consumers take.
-  static constexpr int kProducerRegisters = kGroups == 3 ? 32 : 24;
-  static constexpr int kConsumerRegisters = kGroups == 3 ? 160 : 240;
   static constexpr bool kTurns = kHeadDim <= 128;
   static constexpr int kPanels = kHeadDim / kPanelColumns;
   static constexpr int kQueryBytes = 64 * kHeadDim * 2;  // of a consumer
@@ -46,14 +44,6 @@ struct Sm90Shape {
   static constexpr size_t kBytes =
       size_t(kGroups) * kQueryBytes + 2 * kStages * kKeyBytes + kBarriers * sizeof(Mbarrier);
   static_assert(kN * kPanelRowBytes % kSwizzleBytes == 0, "panels begin where the swizzle does");
-};
-
-// Where the n-th tile of K or V that a block takes lies, and the parity of its phase there.
-template <int kStages>
-struct Stage {
-  int index, parity;
-  FASTATTN_DEVICE explicit Stage(unsigned n)
-      : index(int(n % kStages)), parity(int(n / kStages & 1)) {}
 };
 
 template <int kHeadDim, int kKeys>
@@ -135,16 +125,6 @@ struct Sm90Tiles {
 // ---- the producer ------------------------------------------------------------------------------
 
 template <int kHeadDim, int kKeys>
-FASTATTN_DEVICE void fetch_panels(unsigned char* tile, const TensorMap& map, Mbarrier* full,
-                                  int rows, int row, int head, int batch) {
-  arrive_expecting(full, rows * kHeadDim * 2);
-  FASTATTN_UNROLL
-  for (int panel = 0; panel < kHeadDim / kPanelColumns; ++panel)
-    copy_box(tile + panel * rows * kPanelRowBytes, &map, full, panel * kPanelColumns, row, head,
-             batch);
-}
-
-template <int kHeadDim, int kKeys>
 FASTATTN_DEVICE void produce(const Sm90Call& call, const Sm90Memory<kHeadDim, kKeys>& memory) {
   using Shape = Sm90Shape<kHeadDim, kKeys>;
   constexpr int kStages = Shape::kStages, kN = Shape::kN;
@@ -161,22 +141,22 @@ FASTATTN_DEVICE void produce(const Sm90Call& call, const Sm90Memory<kHeadDim, kK
     const auto fetch_k = [&](int n) {
       const Stage<kStages> k(taken + unsigned(n));
       wait_barrier(memory.k_empty(k.index), k.parity ^ 1);
-      fetch_panels<kHeadDim, kKeys>(memory.k(k.index), call.k, memory.k_full(k.index), kN,
-                                    tile.start(n), kv_head, tile.batch);
+      fetch_panels<kHeadDim>(memory.k(k.index), call.k, memory.k_full(k.index), kN, tile.start(n),
+                             kv_head, tile.batch);
     };
     const auto fetch_v = [&](int n) {
       const Stage<kStages> v(taken + unsigned(n));
       wait_barrier(memory.v_empty(v.index), v.parity ^ 1);
-      fetch_panels<kHeadDim, kKeys>(memory.v(v.index), call.v, memory.v_full(v.index), kN,
-                                    tile.start(n), kv_head, tile.batch);
+      fetch_panels<kHeadDim>(memory.v(v.index), call.v, memory.v_full(v.index), kN, tile.start(n),
+                             kv_head, tile.batch);
     };
     if (tile.count == 0) continue;
     fetch_k(0);
     FASTATTN_UNROLL
     for (int group = 0; group < Shape::kGroups; ++group) {
       wait_barrier(memory.q_empty(group), q_parity ^ 1);
-      fetch_panels<kHeadDim, kKeys>(memory.q(group), call.q, memory.q_full(group), 64,
-                                    tile.first_row + 64 * group, tile.head, tile.batch);
+      fetch_panels<kHeadDim>(memory.q(group), call.q, memory.q_full(group), 64,
+                             tile.first_row + 64 * group, tile.head, tile.batch);
     }
     q_parity ^= 1;
     FASTATTN_NO_UNROLL
@@ -227,23 +207,6 @@ struct Sm90Consumer {
     }
   }
 
-  FASTATTN_DEVICE static void issue_scores(float (&s)[kN / 2], uint64_t q, uint64_t k) {
-    FASTATTN_UNROLL
-    for (int step = 0; step < kHeadDim / 16; ++step) {
-      const int panel = step / 4, within = step % 4 * 32;
-      multiply_rows_async<T>(s, advanced(q, panel * 64 * kPanelRowBytes + within),
-                             advanced(k, panel * kN * kPanelRowBytes + within), step > 0);
-    }
-    commit_products();
-  }
-  FASTATTN_DEVICE void issue_values(const uint32_t (&w)[kN / 16][4], uint64_t v, bool add) {
-    FASTATTN_UNROLL
-    for (int step = 0; step < kN / 16; ++step)
-      multiply_columns_async<T>(o, w[step], advanced(v, step * 16 * kPanelRowBytes),
-                                add || step > 0);
-    commit_products();
-  }
-
   // Which keys a row sees is worked out anew for each tile: few have hidden ones, and registers are
   // scarce. Rows beyond the last see none.
   FASTATTN_DEVICE void hide(float (&s)[kN / 2], int first_row, int start) const {
@@ -284,52 +247,10 @@ struct Sm90Consumer {
       }
     }
   }
-  // Fragments of the first factor of p.v lie as q.k left them.
-  FASTATTN_DEVICE static void pack_weights(uint32_t (&w)[kN / 16][4], const float (&s)[kN / 2]) {
-    FASTATTN_UNROLL
-    for (int step = 0; step < kN / 16; ++step) FASTATTN_UNROLL
-    for (int i = 0; i < 4; ++i) w[step][i] = pack<T>(s[8 * step + 2 * i], s[8 * step + 2 * i + 1]);
-  }
   FASTATTN_DEVICE void rescale(const float (&alpha)[2]) {
     FASTATTN_UNROLL
     for (int t = 0; t < kChunks; ++t) FASTATTN_UNROLL
     for (int e = 0; e < 4; ++e) o[4 * t + e] *= alpha[e / 2];
-  }
-
-  // The four lanes of a row exchange their pairs of columns for whole groups of 8, so that each
-  // stores 16 bytes, without a detour over shared memory.
-  FASTATTN_DEVICE void store_row(T* out, int n, float factor) const {
-    const int lane = thread_x() % 4;
-    const bool odd = lane & 1, upper = lane & 2;
-    FASTATTN_UNROLL
-    for (int first = 0; first < kChunks; first += 4) {
-      uint32_t w[4];
-      FASTATTN_UNROLL
-      for (int t = 0; t < 4; ++t) {
-        const float* pair = o + 4 * (first + t) + 2 * n;
-        w[t] = pack<T>(pair[0] * factor, pair[1] * factor);
-      }
-      FASTATTN_UNROLL
-      for (int t = 0; t < 4; t += 2) {
-        const uint32_t other = shuffle_xor(odd ? w[t] : w[t + 1], 1);
-        (odd ? w[t] : w[t + 1]) = other;
-      }
-      FASTATTN_UNROLL
-      for (int t = 0; t < 2; ++t) {
-        const uint32_t other = shuffle_xor(upper ? w[t] : w[t + 2], 2);
-        (upper ? w[t] : w[t + 2]) = other;
-      }
-      const int column = 8 * (first + lane);
-      if (out != nullptr && column < p.v_dim) {
-        Bytes16 chunk;
-        FASTATTN_UNROLL
-        for (int t = 0; t < 4; ++t) {
-          chunk.number[2 * t] = uint16_t(w[t]);
-          chunk.number[2 * t + 1] = uint16_t(w[t] >> 16);
-        }
-        *reinterpret_cast<Bytes16*>(out + column) = chunk;
-      }
-    }
   }
 
   // out and lse of the two rows; then again, with care, the rows that cannot be trusted.
@@ -349,7 +270,7 @@ struct Sm90Consumer {
       finite[n] = i >= p.q_len ? 0.0f : large ? float_of(0x7FC00000u) : all;
       const RowEnd row_end(p, h, max[n] * p.scale, sum[n]);
       if (i < p.q_len && lane % 4 == 0) lse[p.row(b, h, i)] = row_end.lse;
-      store_row(i < p.q_len ? out + i * p.out.stride[2] : nullptr, n, row_end.factor);
+      store_row(o, i < p.q_len ? out + i * p.out.stride[2] : nullptr, p.v_dim, n, row_end.factor);
     }
     int any = !is_finite(finite[0]) || !is_finite(finite[1]);
     for (int lanes = 16; lanes; lanes >>= 1) any |= shuffle_xor(any, lanes);
@@ -398,14 +319,14 @@ FASTATTN_DEVICE void consume(const Sm90Call& call, const Sm90Memory<kHeadDim, kK
     wait_barrier(memory.k_full(first_k.index), first_k.parity);
     turns.take();
     fence_products();
-    Consumer::issue_scores(s, q, advanced(k_first, first_k.index * Shape::kKeyBytes));
+    issue_rows<T, kHeadDim, 64>(s, q, advanced(k_first, first_k.index * Shape::kKeyBytes));
     turns.pass();
     wait_products<0>();
     pin(s);
     release(memory.k_empty(first_k.index));
     if (tile.keys.masked(tile.start(0))) state.hide(s, first_row, tile.start(0));
     state.probabilities(s, alpha);
-    Consumer::pack_weights(weights, s);
+    pack_fragments<T>(weights, s);
     FASTATTN_NO_UNROLL
     for (int n = 1; n < tile.count; ++n) {
       const Stage<kStages> k(taken + unsigned(n)), v(taken + unsigned(n) - 1);
@@ -413,12 +334,12 @@ FASTATTN_DEVICE void consume(const Sm90Call& call, const Sm90Memory<kHeadDim, kK
       turns.take();
       pin(s);
       fence_products();
-      Consumer::issue_scores(s, q, advanced(k_first, k.index * Shape::kKeyBytes));
+      issue_rows<T, kHeadDim, 64>(s, q, advanced(k_first, k.index * Shape::kKeyBytes));
       wait_barrier(memory.v_full(v.index), v.parity);
       pin(state.o);
       pin(weights);
       fence_products();
-      state.issue_values(weights, advanced(v_first, v.index * Shape::kKeyBytes), n > 1);
+      issue_columns<T>(state.o, weights, advanced(v_first, v.index * Shape::kKeyBytes), n > 1);
       turns.pass();
       wait_products<1>();
       pin(s);
@@ -429,7 +350,7 @@ FASTATTN_DEVICE void consume(const Sm90Call& call, const Sm90Memory<kHeadDim, kK
       pin(state.o);
       release(memory.v_empty(v.index));
       state.rescale(alpha);
-      Consumer::pack_weights(weights, s);
+      pack_fragments<T>(weights, s);
     }
     release(memory.q_empty(group));
     q_parity ^= 1;
@@ -439,7 +360,8 @@ FASTATTN_DEVICE void consume(const Sm90Call& call, const Sm90Memory<kHeadDim, kK
     pin(state.o);
     pin(weights);
     fence_products();
-    state.issue_values(weights, advanced(v_first, v.index * Shape::kKeyBytes), tile.count > 1);
+    issue_columns<T>(state.o, weights, advanced(v_first, v.index * Shape::kKeyBytes),
+                     tile.count > 1);
     wait_products<0>();
     pin(state.o);
     release(memory.v_empty(v.index));
@@ -461,10 +383,10 @@ attention_forward_sm90_kernel(FASTATTN_PARAMS Sm90Call call) {
   // The same in all lanes, which the compiler is to know.
   const int group = shuffle(thread_x() / kWarpgroup, 0);
   if (group == Shape::kGroups) {
-    give_registers<Shape::kProducerRegisters>();
+    give_registers<Registers<Shape::kGroups>::kProducer>();
     if (thread_x() % kWarpgroup == 0) produce(call, memory);
   } else {
-    take_registers<Shape::kConsumerRegisters>();
+    take_registers<Registers<Shape::kGroups>::kConsumer>();
     consume<T>(call, memory, group);
   }
 #endif

@@ -52,17 +52,29 @@ void merge(const ForwardCall& c, const Device& device) {
          Grid{ceil_div(rows, kAttentionWarps)}, kAttentionThreads, 0, device.stream, c);
 }
 
-// Whether sm_90a's kernel can take the call. Few queries would leave most of its rows empty.
+// Whether sm_90a's forward can take the call. Few queries would leave most of its rows empty.
 bool sm90_serves(const AttentionParams& p, int capability) {
   const AttentionShape& s = p.shape;
   if (capability != 90 || s.q_len < 64 || s.k_len == 0 || problem_of(p).modified) return false;
   bool has_kernel = false;
   with_head_dim(std::max(s.head_dim, s.v_dim),
-                [&](auto n) { has_kernel = has_sm90_kernel(decltype(n)::value); });
+                [&](auto n) { has_kernel = has_sm90_forward(decltype(n)::value); });
   return has_kernel && rows_are_aligned(p.out, s.v_dim) &&
          has_tensor_map(p.q, {{s.head_dim, s.q_len, s.q_heads, s.batch}}) &&
          has_tensor_map(p.k, {{s.head_dim, s.k_len, s.kv_heads, s.batch}}) &&
          has_tensor_map(p.v, {{s.v_dim, s.k_len, s.kv_heads, s.batch}});
+}
+
+// Whether its backward can: what the forward can, of some head dims and of as many keys as queries.
+bool sm90_serves(const AttentionParams& p, const AttentionGrads& g, int capability) {
+  const AttentionShape& s = p.shape;
+  if (s.k_len < 64 || !sm90_serves(p, capability)) return false;
+  bool has_kernel = false;
+  with_head_dim(std::max(s.head_dim, s.v_dim),
+                [&](auto n) { has_kernel = has_sm90_backward(decltype(n)::value); });
+  const auto stored = [](const View& v, int64_t width) { return !v || rows_are_aligned(v, width); };
+  return has_kernel && has_tensor_map(g.dout, {{s.v_dim, s.q_len, s.q_heads, s.batch}}) &&
+         stored(g.dq, s.head_dim) && stored(g.dk, s.head_dim) && stored(g.dv, s.v_dim);
 }
 
 }  // namespace
@@ -113,11 +125,8 @@ void attention_forward(const AttentionParams& p, const ForwardPlan& plan, float*
   c.rows = int(w.rows);
   c.tiles = int(w.tiles);
   c.walked = int(w.heads);
-  // As many heads as have their keys in 16 MB, a part of the second-level cache.
-  const int64_t kv_bytes = std::max<int64_t>(1, s.k_len * (s.head_dim + s.v_dim) * 2);
-  const int64_t sharing = w.grouped ? 1 : s.group();
-  const int64_t together = std::max<int64_t>(1, (int64_t(16) << 20) / kv_bytes) * sharing;
-  c.together = int(std::min(together, w.heads));
+  c.together =
+      heads_together(s.k_len * (s.head_dim + s.v_dim) * 2, w.grouped ? 1 : s.group(), w.heads);
   const int64_t rows = s.batch * s.q_heads * s.q_len;
   c.parts.count = plan.parts;
   c.parts.chunk = int(std::max<int64_t>(ceil_div(s.k_len, plan.parts * kChunk), 1) * kChunk);
@@ -167,8 +176,15 @@ void attention_backward(const AttentionParams& p, const AttentionGrads& g, float
   constexpr int64_t kTile = 32;  // no kernel's is smaller
   const int64_t most = ceil_div(std::max(s.q_len, s.k_len), kTile);
   check(p, s.batch * s.q_heads * most * (g.dbias ? most : 1));
-  with_head_dim(std::max(s.head_dim, s.v_dim),
-                [&](auto n) { attention_backward_of<decltype(n)::value>(p.dtype, c, device); });
+  with_head_dim(std::max(s.head_dim, s.v_dim), [&](auto n) {
+    constexpr int kHeadDim = decltype(n)::value;
+    attention_rows_of<kHeadDim>(p.dtype, c, device);
+    if (s.k_len == 0) return;
+    if (sm90_serves(p, g, device.capability))
+      attention_backward_sm90_of<kHeadDim>(p, c, device);
+    else
+      attention_backward_of<kHeadDim>(p.dtype, c, device);
+  });
 }
 
 }  // namespace fastattn

@@ -144,4 +144,26 @@ struct KeyWalk {
   FASTATTN_DEVICE bool masked(int start) const { return start < all_begin || start >= all_end; }
 };
 
+// Which tile a block takes. Heads in groups whose keys stay in cache together; in a group the last
+// tile of each head first, since under a causal mask it has the most keys.
+struct TileOrder {
+  int tile, head;
+
+  FASTATTN_DEVICE TileOrder(int block, int tiles, int heads, int together) {
+    const int first = block / (tiles * together) * together;
+    const int rest = block - first * tiles;
+    const int here = heads - first < together ? heads - first : together;
+    tile = tiles - 1 - rest / here;
+    head = first + rest % here;
+  }
+};
+
+// How many heads are worked on together: of what they walk through, `bytes` for each `sharing`
+// heads, 16 MB, a part of the second-level cache.
+inline int heads_together(int64_t bytes, int64_t sharing, int64_t heads) {
+  const int64_t fit = (int64_t(16) << 20) / (bytes > 0 ? bytes : 1);
+  const int64_t together = (fit > 0 ? fit : 1) * sharing;
+  return int(together < heads ? together : heads);
+}
+
 }  // namespace fastattn

@@ -114,9 +114,15 @@ FASTATTN_DEVICE void load_b(uint32_t (&b)[4], const Tile<kRows, kColumns>& tile,
 // factor: two fragments.
 template <int kRows, int kColumns>
 FASTATTN_DEVICE void load_b_transposed(uint32_t (&b)[4], const Tile<kRows, kColumns>& tile, int row,
-                                       int n) {
-  const int lane = thread_x() % 32;
+                                       int n, int lane) {
   load_matrices_transposed(b, tile.at(row + (lane & 15), 2 * n + (lane >> 4)));
+}
+
+// The lane, for addresses. Two tiles of rows, or long ones, leave no registers for addresses to
+// stay in through the loop around a product: there they are made anew each time.
+template <bool kAnew>
+FASTATTN_DEVICE int lane_of_addresses() {
+  return (kAnew ? int(forgotten(unsigned(thread_x()))) : thread_x()) % 32;
 }
 
 // c[rows][columns / 8] = a . b^T of kRowTiles x 16 rows of `a` from a_row on and kN rows of `b`
@@ -129,17 +135,16 @@ FASTATTN_DEVICE void multiply_rows(float (&c)[kRowTiles][kN / 8][4],
   for (int r = 0; r < kRowTiles; ++r) FASTATTN_UNROLL
   for (int n = 0; n < kN / 8; ++n) FASTATTN_UNROLL
   for (int e = 0; e < 4; ++e) c[r][n][e] = 0.0f;
-  // Two tiles of rows leave no registers for addresses to stay in through the loop around this.
-  const int thread = kRowTiles > 1 ? int(forgotten(unsigned(thread_x()))) : thread_x();
+  const int lane = lane_of_addresses<(kRowTiles > 1 || kColumns > 192)>();
   FASTATTN_UNROLL
   for (int k = 0; k < kColumns / 16; ++k) {
     uint32_t fa[kRowTiles][4];
     FASTATTN_UNROLL
-    for (int r = 0; r < kRowTiles; ++r) load_a(fa[r], a, a_row + 16 * r, k, thread % 32);
+    for (int r = 0; r < kRowTiles; ++r) load_a(fa[r], a, a_row + 16 * r, k, lane);
     FASTATTN_UNROLL
     for (int n = 0; n < kN / 16; ++n) {
       uint32_t fb[4];
-      load_b(fb, b, b_row + 16 * n, k, thread % 32);
+      load_b(fb, b, b_row + 16 * n, k, lane);
       FASTATTN_UNROLL
       for (int r = 0; r < kRowTiles; ++r) {
         multiply<T>(c[r][2 * n], fa[r], fb[0], fb[1]);
@@ -155,6 +160,7 @@ template <typename T, int kRowTiles, int kN, int kOut, int kRowsB, int kColumns>
 FASTATTN_DEVICE void multiply_columns(float (&c)[kRowTiles][kOut / 8][4],
                                       const float (&p)[kRowTiles][kN / 8][4],
                                       const Tile<kRowsB, kColumns>& b, int first_chunk) {
+  const int lane = lane_of_addresses<(kColumns > 192)>();
   FASTATTN_UNROLL
   for (int k = 0; k < kN / 16; ++k) {
     uint32_t fa[kRowTiles][4];
@@ -168,7 +174,7 @@ FASTATTN_DEVICE void multiply_columns(float (&c)[kRowTiles][kOut / 8][4],
     FASTATTN_UNROLL
     for (int n = 0; n < kOut / 16; ++n) {
       uint32_t fb[4];
-      load_b_transposed(fb, b, 16 * k, first_chunk / 2 + n);
+      load_b_transposed(fb, b, 16 * k, first_chunk / 2 + n, lane);
       FASTATTN_UNROLL
       for (int r = 0; r < kRowTiles; ++r) {
         multiply<T>(c[r][2 * n], fa[r], fb[0], fb[1]);

@@ -189,7 +189,8 @@ struct Products;
 #define FASTATTN_D15 "%120, %121, %122, %123, %124, %125, %126, %127"
 #define FASTATTN_D32 FASTATTN_D0 ", " FASTATTN_D1 ", " FASTATTN_D2 ", " FASTATTN_D3
 #define FASTATTN_D40 FASTATTN_D32 ", " FASTATTN_D4
-#define FASTATTN_D64 FASTATTN_D40 ", " FASTATTN_D5 ", " FASTATTN_D6 ", " FASTATTN_D7
+#define FASTATTN_D48 FASTATTN_D40 ", " FASTATTN_D5
+#define FASTATTN_D64 FASTATTN_D48 ", " FASTATTN_D6 ", " FASTATTN_D7
 #define FASTATTN_D88 FASTATTN_D64 ", " FASTATTN_D8 ", " FASTATTN_D9 ", " FASTATTN_D10
 #define FASTATTN_D128                                                                  \
   FASTATTN_D88 ", " FASTATTN_D11 ", " FASTATTN_D12 ", " FASTATTN_D13 ", " FASTATTN_D14 \
@@ -200,7 +201,8 @@ struct Products;
       "+f"(d[i + 6]), "+f"(d[i + 7])
 #define FASTATTN_O32 FASTATTN_O8(0), FASTATTN_O8(8), FASTATTN_O8(16), FASTATTN_O8(24)
 #define FASTATTN_O40 FASTATTN_O32, FASTATTN_O8(32)
-#define FASTATTN_O64 FASTATTN_O40, FASTATTN_O8(40), FASTATTN_O8(48), FASTATTN_O8(56)
+#define FASTATTN_O48 FASTATTN_O40, FASTATTN_O8(40)
+#define FASTATTN_O64 FASTATTN_O48, FASTATTN_O8(48), FASTATTN_O8(56)
 #define FASTATTN_O88 FASTATTN_O64, FASTATTN_O8(64), FASTATTN_O8(72), FASTATTN_O8(80)
 #define FASTATTN_O128                                                                 \
   FASTATTN_O88, FASTATTN_O8(88), FASTATTN_O8(96), FASTATTN_O8(104), FASTATTN_O8(112), \
@@ -228,11 +230,16 @@ struct Products;
 #define FASTATTN_PRODUCTS(type, name)                              \
   template <>                                                      \
   struct Products<type, 64> {                                      \
+    FASTATTN_ROWS(name, 64, 32, 32, 33, 34)                        \
     FASTATTN_COLUMNS(name, 64, 32, 32, 33, 34, 35, 36, 37)         \
   };                                                               \
   template <>                                                      \
   struct Products<type, 80> {                                      \
     FASTATTN_ROWS(name, 80, 40, 40, 41, 42)                        \
+  };                                                               \
+  template <>                                                      \
+  struct Products<type, 96> {                                      \
+    FASTATTN_ROWS(name, 96, 48, 48, 49, 50)                        \
   };                                                               \
   template <>                                                      \
   struct Products<type, 128> {                                     \

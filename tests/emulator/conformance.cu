@@ -488,7 +488,9 @@ void products_of() {
 
 template <typename T>
 void products() {
+  products_of<T, 64, false>();
   products_of<T, 80, false>();
+  products_of<T, 96, false>();
   products_of<T, 128, false>();
   products_of<T, 176, false>();
   products_of<T, 64, true>();

@@ -4,6 +4,8 @@ at a time, each of which the emulator has to catch; see mistakes.py."""
 from .mistakes import Mistake
 
 KERNEL = "attention_forward_sm90.h"
+BACKWARD = "attention_backward_sm90.h"
+TILE = "attention_tile_sm90.h"
 PTX = "ptx_sm90.h"
 MAPS = "tensor_map.h"
 
@@ -42,14 +44,14 @@ MISTAKES = [
     ),
     Mistake(
         "the wrong phase awaited",
-        KERNEL,
+        TILE,
         "parity(int(n / kStages & 1))",
         "parity(int(~n / kStages & 1))",
         says="deadlock",
     ),
     Mistake(
         "a phase that never turns",
-        KERNEL,
+        TILE,
         "parity(int(n / kStages & 1))",
         "parity(0)",
     ),
@@ -101,13 +103,13 @@ MISTAKES = [
     ),
     Mistake(
         "fewer bytes announced than come",
-        KERNEL,
+        TILE,
         "arrive_expecting(full, rows * kHeadDim * 2);",
         "arrive_expecting(full, rows * kHeadDim);",
     ),
     Mistake(
         "more bytes announced than come",
-        KERNEL,
+        TILE,
         "arrive_expecting(full, rows * kHeadDim * 2);",
         "arrive_expecting(full, rows * kHeadDim * 2 + 16);",
         says="deadlock",
@@ -131,15 +133,15 @@ MISTAKES = [
     Mistake(
         "no fence before the scores",
         KERNEL,
-        "      pin(s);\n      fence_products();\n      Consumer::issue_scores",
-        "      pin(s);\n      Consumer::issue_scores",
+        "      pin(s);\n      fence_products();\n      issue_rows",
+        "      pin(s);\n      issue_rows",
         says="no wgmma.fence",
     ),
     Mistake(
         "no fence before the last values",
         KERNEL,
-        "    pin(weights);\n    fence_products();\n    state.issue_values",
-        "    pin(weights);\n    state.issue_values",
+        "    pin(weights);\n    fence_products();\n    issue_columns",
+        "    pin(weights);\n    issue_columns",
         says="no wgmma.fence",
     ),
     Mistake(
@@ -161,14 +163,14 @@ MISTAKES = [
         "weights overwritten while they are read",
         KERNEL,
         "      state.probabilities(s, alpha);\n      wait_products<0>();\n",
-        "      state.probabilities(s, alpha);\n      Consumer::pack_weights(weights, s);\n"
+        "      state.probabilities(s, alpha);\n      pack_fragments<T>(weights, s);\n"
         "      wait_products<0>();\n",
     ),
     Mistake(
         "products that nobody commits",
-        KERNEL,
-        "step > 0);\n    }\n    commit_products();\n",
-        "step > 0);\n    }\n",
+        TILE,
+        "step > 0);\n  }\n  commit_products();\n}\n// o =",
+        "step > 0);\n  }\n}\n// o =",
     ),
     Mistake(
         "products that nobody waits for",
@@ -178,9 +180,9 @@ MISTAKES = [
     ),
     Mistake(
         "old numbers in the first product",
-        KERNEL,
-        "panel * kN * kPanelRowBytes + within), step > 0);",
-        "panel * kN * kPanelRowBytes + within), true);",
+        TILE,
+        "* kPanelRowBytes + within), step > 0);",
+        "* kPanelRowBytes + within), true);",
     ),
     # ---- descriptors and maps
     Mistake(
@@ -197,7 +199,7 @@ MISTAKES = [
     ),
     Mistake(
         "a step along the row of the wrong size",
-        KERNEL,
+        TILE,
         "within = step % 4 * 32;",
         "within = step % 4 * 16;",
     ),
@@ -235,9 +237,9 @@ MISTAKES = [
     # ---- registers and turns
     Mistake(
         "more registers than there are",
-        KERNEL,
-        "kConsumerRegisters = kGroups == 3 ? 160 : 240;",
-        "kConsumerRegisters = kGroups == 3 ? 168 : 240;",
+        TILE,
+        "kConsumer = kGroups == 3 ? 160 : 240;",
+        "kConsumer = kGroups == 3 ? 168 : 240;",
         says="deadlock",
     ),
     Mistake(
@@ -269,9 +271,161 @@ MISTAKES = [
     ),
     Mistake(
         "columns exchanged the wrong way",
-        KERNEL,
+        TILE,
         "const bool odd = lane & 1, upper = lane & 2;",
         "const bool odd = lane & 2, upper = lane & 1;",
+    ),
+    # ---- the backward
+    Mistake(
+        "backward, no wait for c",
+        BACKWARD,
+        "    wait_barrier(memory.full(0, now.index), now.parity);\n",
+        "",
+        caught="random",
+    ),
+    Mistake(
+        "backward, no wait for d",
+        BACKWARD,
+        "    wait_barrier(memory.full(1, now.index), now.parity);\n",
+        "",
+        caught="random",
+    ),
+    Mistake(
+        "backward, no wait for a",
+        BACKWARD,
+        "    wait_barrier(memory.owned_full(0), 0);\n",
+        "",
+        caught="random",
+    ),
+    Mistake(
+        "backward, a tile fetched into one that is read",
+        BACKWARD,
+        "    wait_barrier(memory.empty(stage.index), stage.parity ^ 1);\n    FASTATTN_UNROLL\n",
+        "    FASTATTN_UNROLL\n",
+    ),
+    Mistake(
+        "backward, the wrong phase awaited",
+        BACKWARD,
+        "    wait_barrier(memory.empty(stage.index), stage.parity ^ 1);\n    for",
+        "    wait_barrier(memory.empty(stage.index), stage.parity);\n    for",
+        says="deadlock",
+    ),
+    Mistake(
+        "backward, numbers of rows written over those in use",
+        BACKWARD,
+        "    wait_barrier(memory.empty(stage.index), stage.parity ^ 1);\n    for",
+        "    for",
+    ),
+    Mistake(
+        "backward, a barrier that does not expect the numbers of rows",
+        BACKWARD,
+        "kOfKeys ? 2 : 1);  // with c",
+        "1);  // with c",
+    ),
+    Mistake(
+        "backward, numbers of rows announced before all lanes have written",
+        BACKWARD,
+        "    sync_warp();\n    if (lane == 0) arrive(memory.full(0, stage.index));\n",
+        "    if (lane == 0) arrive(memory.full(0, stage.index));\n",
+        caught="thread",
+        says="data race",
+    ),
+    Mistake(
+        "backward, numbers of rows handed back while lanes read them",
+        BACKWARD,
+        "    sync_warp();  // all lanes have read its lse and delta\n",
+        "",
+        caught="thread",
+        says="data race",
+    ),
+    Mistake(
+        "backward, the walk read before it is there",
+        BACKWARD,
+        "memory.init(call.c);\n  sync_threads();\n",
+        "memory.init(call.c);\n",
+        caught="thread",
+        says="data race",
+    ),
+    Mistake(
+        "backward, a tile handed back before it has been read",
+        BACKWARD,
+        "      wait_products<0>();\n      if (!kFirst) release_last(n);\n",
+        "      if (!kFirst) release_last(n);\n      wait_products<0>();\n",
+    ),
+    Mistake(
+        "backward, a tile never handed back",
+        BACKWARD,
+        "      wait_products<0>();\n      if (!kFirst) release_last(n);\n",
+        "      wait_products<0>();\n",
+        says="deadlock",
+    ),
+    Mistake(
+        "backward, no fence before ds . c",
+        BACKWARD,
+        "    fence_products();\n    issue_columns<T>(sum, w,",
+        "    issue_columns<T>(sum, w,",
+        says="no wgmma.fence",
+    ),
+    Mistake(
+        "backward, s read before it is there",
+        BACKWARD,
+        "wait_products<kFirst ? 1 : 2>();",
+        "wait_products<3>();",
+    ),
+    Mistake(
+        "backward, dp read before it is there",
+        BACKWARD,
+        "      wait_products<1>();\n      pin(dp);\n",
+        "      pin(dp);\n",
+    ),
+    Mistake(
+        "backward, ds packed while p is read",
+        BACKWARD,
+        "      differentiate(now.index);\n      wait_products<0>();\n      pin(dv);\n",
+        "      differentiate(now.index);\n      pack_fragments<T>(w, dp);\n"
+        "      wait_products<0>();\n      pin(dv);\n",
+    ),
+    Mistake(
+        "backward, products that nobody waits for",
+        BACKWARD,
+        "    issue_sum(walk.total);\n    wait_products<0>();\n",
+        "    issue_sum(walk.total);\n",
+    ),
+    Mistake(
+        "backward, old numbers in the first sum",
+        BACKWARD,
+        "walked(0, last.index), n > 1);",
+        "walked(0, last.index), true);",
+    ),
+    Mistake(
+        "backward, every group of rows the first one's",
+        BACKWARD,
+        "(first - walk.first) * kPanelRowBytes",
+        "0 * kPanelRowBytes",
+    ),
+    Mistake(
+        "backward, one head for the whole group",
+        BACKWARD,
+        "return first_head + n / steps;",
+        "return first_head;",
+    ),
+    Mistake(
+        "backward, numbers beyond the last row",
+        BACKWARD,
+        "const bool exists = start + r < c.p.q_len;",
+        "const bool exists = start + r <= c.p.q_len;",
+    ),
+    Mistake(
+        "backward, no room for the walk",
+        BACKWARD,
+        " + sizeof(Sm90Walk);",
+        ";",
+    ),
+    Mistake(
+        "backward, the mask off by one",
+        BACKWARD,
+        "8 * t + e >= end)",
+        "8 * t + e > end)",
     ),
 ]
 MISTAKES = [mistake._replace(program="check_sm90") for mistake in MISTAKES]

@@ -44,9 +44,7 @@ INSTRUCTIONS = {
     "ucgabar": r"\bUCGABAR_WAIT\b",
 }
 # What kernels take their time in: these must not spill.
-MAIN = re.compile(
-    r"attention_(forward|forward_sm90|rows|dq|dkdv)/\w+/(64|128)(/\d+)?$|(?!attention)"
-)
+MAIN = re.compile(r"attention_((forward|dq|dkdv)(_sm90)?|rows)/\w+/(64|128)(/\d+)?$|(?!attention)")
 
 
 class Line(NamedTuple):
@@ -224,7 +222,7 @@ def problems(line: Line, before: Line | None) -> Iterator[str]:
     if MAIN.match(line.kernel) and line.spilled:
         yield f"spills {line.spilled} bytes, in a main configuration"
     kind = line.kernel.split("/")[0]
-    if kind == "attention_forward_sm90":
+    if kind.endswith("_sm90"):
         needed = ["hgmma", "utmaldg"]
     elif line.arch == "sm_90" and re.match(r"(layer_norm|softmax).*/0$", line.kernel):
         needed = ["ucgabar"]

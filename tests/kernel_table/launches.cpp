@@ -2,7 +2,7 @@
 // block and bytes of dynamic shared memory. Compiled by the host's compiler.
 #include <cstdio>
 
-#include "attention_backward.h"
+#include "attention_backward_sm90.h"
 #include "attention_forward_sm90.h"
 #include "head_dims.h"
 #include "softmax.h"
@@ -37,6 +37,13 @@ void print_sm90() {
               Shape::kBytes);
 }
 
+template <int kHeadDim, bool kOfKeys>
+void print_sm90_backward() {
+  using Shape = Sm90BackwardShape<kHeadDim, kOfKeys>;
+  print(kOfKeys ? "attention_dkdv_sm90" : "attention_dq_sm90", kHeadDim, "", Shape::kThreads,
+        Shape::kBytes);
+}
+
 template <typename T>
 void print_rows(const char* kernel, const char* type, int pack_bytes, int max_threads) {
   constexpr size_t kShared = 227 << 10;
@@ -64,6 +71,10 @@ int main() {
   print_sm90<128, Sm90Keys<128>::kFull>();
   print_sm90<128, Sm90Keys<128>::kMasked>();
   print_sm90<256, Sm90Keys<256>::kFull>();
+  print_sm90_backward<64, false>();
+  print_sm90_backward<64, true>();
+  print_sm90_backward<128, false>();
+  print_sm90_backward<128, true>();
   print_rows<bf16>("bf16");
   print_rows<f16>("f16");
   print_rows<float>("f32");
