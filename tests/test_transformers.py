@@ -259,14 +259,14 @@ def test_gradient_checkpointing(family):
         torch.testing.assert_close(grads[0][name], grad, **CLOSE)
 
 
-def test_a_mask_of_the_wrong_shape():
-    model = eager("llama")
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_a_mask_of_the_wrong_shape(family):
+    model = eager(family)
     fastattn.patch(model)
-    keywords, _ = inputs("llama")
-    with pytest.raises(
-        ValueError, match=r"bias: expected a shape that broadcasts .* got \(2, 1, 9, 4\)"
-    ):
-        model(keywords["input_ids"], attention_mask=torch.zeros(2, 1, 9, 4))
+    keywords, _ = inputs(family)
+    message = r"attention_mask: expected a shape that broadcasts .* got \(2, 1, 9, 4\)"
+    with pytest.raises(ValueError, match=message):
+        model(**{**keywords, "attention_mask": torch.zeros(2, 1, 9, 4)})
 
 
 def test_a_model_inside_another():

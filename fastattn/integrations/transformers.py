@@ -11,9 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.attention import attention
+from ..ops.attention import attend
+from ..spec import Names, check_broadcasts
 
 NAME = "fastattn"
+_NAMES = Names(
+    q="query",
+    k="key",
+    v="value",
+    scale="scaling",
+    bias="attention_mask",
+    sinks="s_aux",
+    dropout_p="dropout",
+)
 
 # What transformers is recording of the call that runs now, from ``register`` on: some models
 # (GPT-2) tell their attention in no other way that its weights were asked for.
@@ -90,6 +100,10 @@ def attention_forward(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     causal = bool(is_causal) and attention_mask is None and query.shape[2] > 1
+    full = (*query.shape[:3], key.shape[2])
+    for name, given in (("attention_mask", attention_mask), ("position_bias", position_bias)):
+        if given is not None:
+            check_broadcasts(name, given, full)
     bias = _bias(attention_mask, position_bias)
     if bias is not None and bias.dtype not in (torch.bool, torch.float32, query.dtype):
         bias = bias.to(query.dtype)
@@ -98,7 +112,7 @@ def attention_forward(
             query, key, value, bias, causal, dropout, scaling, softcap, s_aux
         )
         return out.transpose(1, 2), weights
-    result: Any = attention(
+    out, _ = attend(
         query,
         key,
         value,
@@ -108,8 +122,9 @@ def attention_forward(
         bias=bias,
         sinks=s_aux,
         dropout_p=dropout,
+        names=_NAMES,
     )
-    return result.transpose(1, 2), None
+    return out.transpose(1, 2), None
 
 
 def _bias(mask: Tensor | None, position_bias: Tensor | None) -> Tensor | None:
