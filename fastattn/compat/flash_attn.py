@@ -107,8 +107,8 @@ def flash_attn_qkvpacked_func(
     _check_rank("qkv", qkv, 5, "(batch, sequence, 3, heads, head_dim)")
     q, k, v = qkv.unbind(2)
     return _attend(
-        _NAMES._replace(q="qkv", k="qkv", v="qkv"), q, k, v, dropout_p, softmax_scale, causal, window_size,
-        softcap, alibi_slopes, deterministic, return_attn_probs,
+        _NAMES._replace(q="qkv", k="qkv", v="qkv"), q, k, v, dropout_p, softmax_scale, causal,
+        window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
     )  # fmt: skip
 
 
