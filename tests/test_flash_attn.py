@@ -193,6 +193,12 @@ def test_a_negative_softcap_is_none():
     assert torch.equal(flash_attn_func(q, q, q, softcap=-1.0), flash_attn_func(q, q, q))
 
 
+def test_a_window_in_a_tensor():
+    q = randn(2, 6, 4, 8)
+    expected = flash_attn_func(q, q, q, window_size=(2, 1))
+    assert torch.equal(flash_attn_func(q, q, q, window_size=torch.tensor([2, 1])), expected)
+
+
 def test_names():
     assert set(flash_attn.__all__) == {
         "flash_attn_func",

@@ -44,7 +44,7 @@ def flash_attn_func(
         dropout_p: in [0, 1], the share of probabilities to drop; seeded by torch.manual_seed.
         softmax_scale: None: 1 / sqrt(D).
         causal: aligned bottom-right: the last query sees every key.
-        window_size: (left, right), query i sees the keys from ``i + Sk - Sq - left`` to
+        window_size: (left, right), a tensor of two too; query i sees the keys from ``i + Sk - Sq - left`` to
             ``i + Sk - Sq + right``; -1: no limit.
         softcap: ``softcap * tanh(score / softcap)``; 0 or less: off.
         alibi_slopes: (H,) or (B, H): subtracts ``slope * |i + Sk - Sq - j|``.
@@ -129,6 +129,8 @@ def _attend(
     check_flag("causal", causal)
     check_flag("deterministic", deterministic)
     check_flag("return_attn_probs", return_attn_probs)
+    if isinstance(window_size, Tensor):
+        window_size = tuple(window_size.tolist())
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, S, D) views
     variant: dict[str, Any] = {
         "causal": causal,
