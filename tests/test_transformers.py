@@ -242,6 +242,22 @@ def test_other_ways_to_generate(family, way):
     assert torch.equal(*outs)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "bert", "llama"])
+def test_patched_and_exported(family):
+    model = eager(family)
+    model.config.use_cache = False  # a cache is no tensor
+    fastattn.patch(model)
+    keywords, _ = inputs(family, "right")
+    lengths = {name: {1: torch.export.Dim.DYNAMIC} for name in keywords}
+    program = torch.export.export(model, (), keywords, dynamic_shapes=lengths)
+    used = [str(node.target) for node in program.graph.nodes if "fastattn" in str(node.target)]
+    assert sum("attention_forward" in name for name in used) == 2
+    assert sum("layer_norm_forward" in name for name in used) >= 5
+    longer = {name: torch.cat([x, x[:, :4]], 1) for name, x in keywords.items()}
+    for given in (keywords, longer):
+        torch.testing.assert_close(program.module()(**given).logits, model(**given).logits, **CLOSE)
+
+
 @families
 def test_gradient_checkpointing(family):
     theirs = eager(family)

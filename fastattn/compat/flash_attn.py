@@ -44,8 +44,8 @@ def flash_attn_func(
         dropout_p: in [0, 1], the share of probabilities to drop; seeded by torch.manual_seed.
         softmax_scale: None: 1 / sqrt(D).
         causal: aligned bottom-right: the last query sees every key.
-        window_size: (left, right), a tensor of two too; query i sees the keys from ``i + Sk - Sq - left`` to
-            ``i + Sk - Sq + right``; -1: no limit.
+        window_size: (left, right), or a tensor of these: query i sees the keys from
+            ``i + Sk - Sq - left`` to ``i + Sk - Sq + right``; -1: no limit.
         softcap: ``softcap * tanh(score / softcap)``; 0 or less: off.
         alibi_slopes: (H,) or (B, H): subtracts ``slope * |i + Sk - Sq - j|``.
         deterministic: require a bitwise repeatable backward, which it is anyway.
