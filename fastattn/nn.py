@@ -140,7 +140,10 @@ class MultiheadAttention(nn.MultiheadAttention):
         is_causal: bool,
     ) -> bool:
         """Whether the call is one that the code here answers, rather than torch's own."""
-        if not torch_calls.served(query, key, value, self.out_proj.weight):
+        weight, bias = self.out_proj.weight, self.in_proj_bias
+        if not torch_calls.served(query, key, value, weight):
+            return False
+        if bias is not None and bias.dtype is not weight.dtype:
             return False
         rank = query.dim()
         if rank not in (2, 3) or key.dim() != rank or value.dim() != rank:

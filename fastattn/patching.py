@@ -291,6 +291,13 @@ def _attend_by_fastattn(name: str, top: Any, report: Report) -> None:
     if not top._can_set_attn_implementation():
         report.left[where] = f"{type(top).__name__}: its attention cannot be chosen"
         return
+    for part in top.modules():
+        kind: Any = type(part)
+        unknown = integration.unknown_arguments(kind)
+        if unknown:
+            only = f"attention takes {' and '.join(unknown)}, which fastattn's does not"
+            report.left[where] = f"{type(top).__name__}: its {only}"
+            return
     integration.register()
     top.__dict__[_ATTENTION] = before
     library = sys.modules["transformers.modeling_utils"]

@@ -68,6 +68,22 @@ class Mask(NamedTuple):
         return mask
 
 
+class Names(NamedTuple):
+    """What a caller calls the arguments of an attention call, for the messages."""
+
+    q: str = "q"
+    k: str = "k"
+    v: str = "v"
+    window: str = "window"
+    scale: str = "scale"
+    bias: str = "bias"
+    sinks: str = "sinks"
+    dropout_p: str = "dropout_p"
+
+
+_NAMES = Names()
+
+
 class AttentionSpec(NamedTuple):
     """The scalars of one attention call; ``AttentionSpec.of`` checks a call and makes one."""
 
@@ -91,33 +107,35 @@ class AttentionSpec(NamedTuple):
         sinks: Tensor | None = None,
         dropout_p: float = 0.0,
         deterministic: bool | None = None,
-        names: tuple[str, str, str, str] = ("q", "k", "v", "bias"),
+        names: Names | None = None,
     ) -> AttentionSpec:
-        """Checks everything; ``names`` is what the caller calls these four arguments.
+        """Checks everything.
 
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.
         """
+        names = names or _NAMES
         batch, heads, q_len, k_len, head_dim = _check_qkv(q, k, v, names)
 
-        scale = 1.0 / math.sqrt(head_dim) if scale is None else check_number("scale", scale)
+        scale = 1.0 / math.sqrt(head_dim) if scale is None else check_number(names.scale, scale)
         softcap = 0.0 if softcap is None else check_number("softcap", softcap)
         if softcap < 0:
             raise ValueError(f"softcap: expected None or a number >= 0 (0: off), got {softcap}")
-        dropout_p = check_dropout(dropout_p)
+        dropout_p = check_dropout(dropout_p, names.dropout_p)
         if deterministic is not None and not isinstance(deterministic, bool):
             raise TypeError(f"deterministic: expected None or a bool, got {_got(deterministic)}")
         if bias is not None:
-            _check_bias(names[3], bias, q, (batch, heads, q_len, k_len))
+            _check_bias(names.bias, bias, q, (batch, heads, q_len, k_len))
         if alibi_slopes is not None:
             _check_per_head("alibi_slopes", alibi_slopes, q, ((heads,), (batch, heads)))
         if sinks is not None:
-            _check_per_head("sinks", sinks, q, ((heads,),))
+            _check_per_head(names.sinks, sinks, q, ((heads,),))
+        window = _NO_WINDOW if window is None else _check_window(names.window, window)
         return cls(_mask(causal, window, q_len, k_len), scale, softcap, dropout_p)
 
 
-def _mask(causal: Any, window: Any, q_len: int, k_len: int) -> Mask:
-    left, right = _NO_WINDOW if window is None else _check_window(window)
+def _mask(causal: Any, window: tuple[int, int], q_len: int, k_len: int) -> Mask:
+    left, right = window
     shift = k_len - q_len
     if causal is False:
         return Mask(left, right, shift)
@@ -134,24 +152,24 @@ def _mask(causal: Any, window: Any, q_len: int, k_len: int) -> Mask:
     return Mask(left, 0, shift)  # a query never looks ahead, whatever the window's right
 
 
-def _check_window(window: Any) -> tuple[int, int]:
+def _check_window(name: str, window: Any) -> tuple[int, int]:
     if not isinstance(window, (tuple, list)):
-        raise TypeError(f"window: expected None or (left, right), got {_got(window)}")
+        raise TypeError(f"{name}: expected None or (left, right), got {_got(window)}")
     if len(window) != 2:
-        raise ValueError(f"window: expected (left, right), got {len(window)} values")
+        raise ValueError(f"{name}: expected (left, right), got {len(window)} values")
     left, right = (-1 if limit is None else limit for limit in window)
     for limit in (left, right):
         if not is_integer(limit):
-            raise TypeError(f"window: expected integers or None, got {_got(limit)}")
+            raise TypeError(f"{name}: expected integers or None, got {_got(limit)}")
         if limit < -1:
-            raise ValueError(f"window: expected limits >= 0, or -1 or None for none, got {limit}")
+            raise ValueError(f"{name}: expected limits >= 0, or -1 or None for none, got {limit}")
     # One that would overflow when added to a position, such as sys.maxsize, limits nothing.
     return -1 if left >= _FAR else left, -1 if right >= _FAR else right
 
 
-def _check_qkv(q: Any, k: Any, v: Any, names: tuple[str, ...]) -> tuple[int, int, int, int, int]:
+def _check_qkv(q: Any, k: Any, v: Any, names: Names) -> tuple[int, int, int, int, int]:
     """(batch, heads, q_len, k_len, head_dim)"""
-    q_name, k_name, v_name, *_ = names
+    q_name, k_name, v_name = names[:3]
     check_tensor(q_name, q)
     check_tensor(k_name, k)
     check_tensor(v_name, v)
@@ -192,15 +210,13 @@ def _check_qkv(q: Any, k: Any, v: Any, names: tuple[str, ...]) -> tuple[int, int
 
 def _check_bias(name: str, bias: Any, q: Tensor, full: tuple[int, ...]) -> None:
     check_tensor(name, bias)
+    if is_causal_bias(bias):
+        raise TypeError(f"{name}: expected a tensor of numbers, got a CausalBias; pass causal")
     if bias.dtype not in (torch.bool, torch.float32, q.dtype):
         raise TypeError(f"{name}: expected bool, float32 or {q.dtype}, got {bias.dtype}")
     if bias.device != q.device:
         raise ValueError(f"{name}: expected device {q.device}, got {bias.device}")
-    if not broadcasts(bias.shape, full):
-        raise ValueError(
-            f"{name}: expected a shape that broadcasts to (batch, heads, q_len, k_len) = "
-            f"{tuple(full)}, got {tuple(bias.shape)}"
-        )
+    check_broadcasts(name, bias, full)
 
 
 def _check_per_head(name: str, x: Any, q: Tensor, shapes: tuple[tuple[int, ...], ...]) -> None:
@@ -217,6 +233,11 @@ def _check_per_head(name: str, x: Any, q: Tensor, shapes: tuple[tuple[int, ...],
 def check_tensor(name: str, x: Any) -> None:
     """TypeError unless x is a dense tensor."""
     if isinstance(x, Tensor) and x.layout is _STRIDED and not x.is_nested:
+        if type(x).__name__ == "DTensor":  # by name: importing it takes long
+            raise TypeError(
+                f"{name}: expected a tensor of this process, got a DTensor; call with to_local(), "
+                "or inside fastattn.override(), where torch's own function serves it"
+            )
         return
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {_got(x)}")
@@ -224,10 +245,27 @@ def check_tensor(name: str, x: Any) -> None:
     raise TypeError(f"{name}: expected a dense (strided) tensor, got {got}")
 
 
+def is_causal_bias(x: Tensor) -> bool:
+    """Whether x is of torch.nn.attention.bias: a mask by its attributes, its elements are noise.
+
+    By name: that module takes a second to import, and who has such a mask has imported it.
+    """
+    return type(x).__name__ == "CausalBias" and hasattr(x, "variant")
+
+
 def check_dtype(name: str, x: Tensor) -> None:
     """TypeError unless x has one of the four dtypes that the kernels compute in."""
     if x.dtype not in DTYPES:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {x.dtype}")
+
+
+def check_broadcasts(name: str, bias: Tensor, full: tuple[int, ...]) -> None:
+    """ValueError unless ``bias`` expands to ``full``, the shape of the scores."""
+    if not broadcasts(bias.shape, full):
+        raise ValueError(
+            f"{name}: expected a shape that broadcasts to (batch, heads, q_len, k_len) = "
+            f"{tuple(full)}, got {tuple(bias.shape)}"
+        )
 
 
 def broadcasts(shape: Sequence[int], full: Sequence[int]) -> bool:
@@ -264,13 +302,13 @@ def is_integer(value: Any) -> bool:
     return isinstance(value, (Integral, torch.SymInt)) and not isinstance(value, bool)
 
 
-def check_dropout(p: Any) -> float:
+def check_dropout(p: Any, name: str = "dropout_p") -> float:
     """The dropout probability as a float in [0, 1]."""
     if isinstance(p, (float, int)) and p == 0:
         return 0.0
-    p = check_number("dropout_p", p)
+    p = check_number(name, p)
     if not 0.0 <= p <= 1.0:
-        raise ValueError(f"dropout_p: expected a probability in [0, 1], got {p}")
+        raise ValueError(f"{name}: expected a probability in [0, 1], got {p}")
     return p
 
 

@@ -1,9 +1,11 @@
 """torch.nn.functional's calls, served by our kernels: torch's signatures, dtypes and results.
 
 Whoever replaces torch's own (``fastattn.nn``, ``override``, ``patch``) calls these. They differ
-from the public functions in two things: under autocast the result has the dtype that torch's own
-has on that device, and what our kernels do not take (nested and sparse tensors, tensor subclasses,
-integers, forward-mode derivatives) goes to torch's own function instead of being refused.
+from the public functions in three things: under autocast the result has the dtype that torch's own
+has on that device; what our kernels do not take (nested and sparse tensors, tensor subclasses,
+integers, forward-mode derivatives) goes to torch's own function instead of being refused; and so
+does a mistake, that its error be of the class and the words which callers of torch's expect, with
+ours in the traceback before it.
 """
 
 from __future__ import annotations
@@ -16,11 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .ops import attention as attention_ops
 from .ops import layer_norm as layer_norm_ops
 from .ops import softmax as softmax_ops
-from .spec import DTYPES
+from .spec import DTYPES, is_causal_bias
 
 _PARAMETER = torch.nn.Parameter
 _sdpa = F.scaled_dot_product_attention
@@ -52,13 +55,14 @@ def scaled_dot_product_attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """torch.nn.functional.scaled_dot_product_attention; see ``fastattn``'s of that name."""
-    if served(query, key, value) and (attn_mask is None or is_plain(attn_mask)):
-        return attention_ops.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-    return _sdpa(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
+    keywords: Any = {"scale": scale, "enable_gqa": enable_gqa}
+    arguments: Any = (query, key, value, attn_mask, dropout_p, is_causal)
+    if served(query, key, value) and _is_mask(attn_mask):
+        try:
+            return attention_ops.scaled_dot_product_attention(*arguments, **keywords)
+        except (TypeError, ValueError):
+            return _sdpa(*arguments, **keywords)
+    return _sdpa(*arguments, **keywords)
 
 
 def layer_norm(
@@ -69,11 +73,15 @@ def layer_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """torch.nn.functional.layer_norm; see ``fastattn.layer_norm``."""
+    given: Any = (input, normalized_shape, weight, bias, eps)
     if not served(input, weight, bias):
-        return F.layer_norm(input, normalized_shape, weight, bias, eps)  # type: ignore[arg-type]
+        return F.layer_norm(*given)
     if autocasts_to_float32("layer_norm", input):
         input, weight, bias = _to_float32(input), _to_float32(weight), _to_float32(bias)
-    return layer_norm_ops.layer_norm(input, tuple(normalized_shape), weight, bias, eps)
+    try:
+        return layer_norm_ops.layer_norm(input, tuple(normalized_shape), weight, bias, eps)
+    except (TypeError, ValueError):
+        return F.layer_norm(*given)
 
 
 def rms_norm(
@@ -83,11 +91,15 @@ def rms_norm(
     eps: float | None = None,
 ) -> Tensor:
     """torch.nn.functional.rms_norm; see ``fastattn.rms_norm``."""
+    given: Any = (input, normalized_shape, weight, eps)
     if not served(input, weight):
-        return F.rms_norm(input, normalized_shape, weight, eps)  # type: ignore[arg-type]
+        return F.rms_norm(*given)
     if autocasts_to_float32("rms_norm", input):
         input, weight = _to_float32(input), _to_float32(weight)
-    return layer_norm_ops.rms_norm(input, tuple(normalized_shape), weight, eps)
+    try:
+        return layer_norm_ops.rms_norm(input, tuple(normalized_shape), weight, eps)
+    except (TypeError, ValueError):
+        return F.rms_norm(*given)
 
 
 def softmax(
@@ -97,6 +109,7 @@ def softmax(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """torch.nn.functional.softmax; see ``fastattn.softmax``."""
+    given: Any = (input, dim, _stacklevel + 1, dtype)
     takes = is_plain(input) if dtype in DTYPES else served(input)
     if (
         dim is None
@@ -104,20 +117,23 @@ def softmax(
         or input.is_complex()
         or (dtype is not None and dtype not in DTYPES)
     ):
-        return F.softmax(input, dim, _stacklevel + 1, dtype)
+        return F.softmax(*given)
     if (
         dtype is None
         and autocasts_to_float32("softmax", input)
         and input.dtype is not torch.float64
     ):
         dtype = torch.float32
-    return softmax_ops.softmax(input, dim, dtype)
+    try:
+        return softmax_ops.softmax(input, dim, dtype)
+    except (TypeError, ValueError):
+        return F.softmax(*given)
 
 
 def served(*tensors: Tensor | None) -> bool:
     """Whether our kernels take these: plain tensors of our dtypes, no forward-mode derivatives."""
     for x in tensors:  # noqa: SIM110 -- faster than all(), and runs at every call
-        if x is not None and (x.dtype not in DTYPES or not is_plain(x)):
+        if x is not None and (not is_plain(x) or x.dtype not in DTYPES):
             return False
     return True
 
@@ -130,10 +146,14 @@ def is_plain(x: Any) -> bool:
     return x.layout is _STRIDED and not x.is_nested and forward_ad._current_level < 0
 
 
+def _is_mask(attn_mask: Any) -> bool:
+    return attn_mask is None or is_plain(attn_mask) or is_causal_bias(attn_mask)
+
+
 def _is_traced(x: Any) -> bool:
     """Tensors of the compilers are subclasses, whose rules are to look at the op."""
     if torch.compiler.is_compiling():
-        return isinstance(x, Tensor)
+        return isinstance(x, Tensor) and not is_traceable_wrapper_subclass(x)
     return isinstance(x, torch._subclasses.FakeTensor)
 
 

@@ -112,3 +112,29 @@ def test_ddp_and_fsdp_train_a_patched_model_as_an_unpatched_one(tmp_path, monkey
     # This machine's own addresses only; a host name need not resolve.
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME", "lo"))
     torch.multiprocessing.spawn(work, (str(tmp_path / "meeting"),), nprocs=RANKS)
+
+
+def test_distributed_tensors_are_refused_and_torch_serves_them_in_override(monkeypatch):
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME", "lo"))
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        x = torch.randn(2, 4, 6, 8)
+        spread = distribute_tensor(x, init_device_mesh("cpu", (1,)), [Shard(0)])
+        for name, call in {
+            "q": lambda: fastattn.attention(spread, spread, spread),
+            "bias": lambda: fastattn.attention(x, x, x, bias=spread),
+            "query": lambda: fastattn.scaled_dot_product_attention(spread, spread, spread),
+            "input": lambda: fastattn.layer_norm(spread, (8,)),
+            "residual": lambda: fastattn.add_rms_norm(x, spread, (8,)),
+        }.items():
+            with pytest.raises(TypeError, match=rf"^{name}: .* got a DTensor; call with to_local"):
+                call()
+        with pytest.raises(TypeError, match=r"input: .* got a DTensor"):
+            fastattn.softmax(spread)
+        with fastattn.override():
+            out = F.layer_norm(spread, (8,))
+        torch.testing.assert_close(out.full_tensor(), fastattn.layer_norm(x, (8,)))
+    finally:
+        distributed.destroy_process_group()

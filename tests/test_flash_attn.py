@@ -176,13 +176,27 @@ def test_autocast_and_compile():
         (lambda: flash_attn_qkvpacked_func(randn(2, 6, 2, 4, 8)), ValueError, "qkv: expected shape"),
         (lambda: flash_attn_func(*[randn(2, 6, 4, 8)] * 3, causal=1), TypeError, "causal: expected a bool"),
         (lambda: flash_attn_func(*[randn(2, 6, 4, 8)] * 3, dropout_p=2.0), ValueError, "dropout_p: expected"),
-        (lambda: flash_attn_func(*[randn(2, 6, 4, 8)] * 3, window_size=3), TypeError, "window: expected"),
+        (lambda: flash_attn_func(*[randn(2, 6, 4, 8)] * 3, window_size=3), TypeError, "window_size: expected"),
+        (lambda: flash_attn_func(*[randn(2, 6, 4, 8)] * 3, softmax_scale="1"), TypeError, "softmax_scale: expected"),
+        (lambda: flash_attn_kvpacked_func(randn(2, 6, 4, 8), randn(1, 6, 2, 4, 8)), ValueError, "kv: expected q's batch"),
+        (lambda: flash_attn_qkvpacked_func(randn(2, 6, 3, 4, 8).int()), TypeError, "qkv: expected float32"),
         (lambda: flash_attn_func([1], *[randn(2, 6, 4, 8)] * 2), TypeError, "q: expected a torch.Tensor"),
     ],
 )  # fmt: skip
 def test_errors(call, kind, message):
     with pytest.raises(kind, match=message):
         call()
+
+
+def test_a_negative_softcap_is_none():
+    q = randn(2, 6, 4, 8)
+    assert torch.equal(flash_attn_func(q, q, q, softcap=-1.0), flash_attn_func(q, q, q))
+
+
+def test_a_window_in_a_tensor():
+    q = randn(2, 6, 4, 8)
+    expected = flash_attn_func(q, q, q, window_size=(2, 1))
+    assert torch.equal(flash_attn_func(q, q, q, window_size=torch.tensor([2, 1])), expected)
 
 
 def test_names():

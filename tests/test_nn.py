@@ -593,3 +593,11 @@ def test_a_tensor_subclass_keeps_its_rules():
     x = randn(2, 8).as_subclass(Logged)
     out = ours.LayerNorm(8)(x)
     assert isinstance(out, Logged) and F.layer_norm in calls
+
+
+def test_an_attention_with_a_bias_of_another_dtype():
+    theirs = torch.nn.MultiheadAttention(4, 2, batch_first=True)
+    theirs.in_proj_bias = torch.nn.Parameter(theirs.in_proj_bias.half())
+    mine, x = copy.deepcopy(theirs), randn(2, 3, 4)
+    ours.adopt(mine)
+    torch.testing.assert_close(mine(x, x, x)[0], theirs(x, x, x)[0])

@@ -59,11 +59,44 @@ def test_override_ends_with_an_exception_and_nests(calls):
     with fastattn.override(), fastattn.override():
         F.softmax(x, -1)
     assert calls == ["softmax"]
-    with (
-        fastattn.override(),
-        pytest.raises(ValueError, match="attn_mask: expected a shape that broadcasts"),
-    ):
-        F.scaled_dot_product_attention(x, x, x, torch.zeros(7, 7))
+
+
+def test_override_has_torchs_errors_and_ours_before_them():
+    x = randn(2, 3, 8)
+    mistakes = [
+        (lambda: F.scaled_dot_product_attention(x, x, x, torch.zeros(7, 7)), "attn_mask: expected"),
+        (lambda: F.scaled_dot_product_attention(x, x, x.double()), "value: expected query's dtype"),
+        (lambda: F.layer_norm(x, (9,)), "input: expected shape"),
+        (lambda: F.rms_norm(x, ()), "normalized_shape: expected"),
+        (lambda: F.layer_norm([1.0], (1,)), None),
+        (lambda: F.softmax(x, 3), None),
+    ]
+    for mistake, ours in mistakes:
+        with pytest.raises(Exception) as theirs:
+            mistake()
+        with fastattn.override(), pytest.raises(theirs.type) as got:
+            mistake()
+        if ours is not None:
+            assert str(got.value) == str(theirs.value)
+            assert ours in str(got.value.__context__)
+
+
+def test_causal_biases_of_torch_are_served(calls):
+    from torch.nn.attention.bias import causal_lower_right, causal_upper_left
+
+    q, k = randn(2, 3, 5, 8), randn(2, 3, 7, 8)
+    for bias in (causal_lower_right(5, 7), causal_upper_left(5, 7)):
+        expected = F.scaled_dot_product_attention(q, k, k, bias._materialize())
+        with fastattn.override():
+            torch.testing.assert_close(F.scaled_dot_product_attention(q, k, k, bias), expected)
+        torch._dynamo.reset()
+        call = torch.compile(fastattn.scaled_dot_product_attention, fullgraph=True, backend="eager")
+        torch.testing.assert_close(call(q, k, k, bias), expected)
+    assert calls == ["attention"] * 2  # eager ones: a compiled call runs the op
+    with pytest.raises(ValueError, match=r"attn_mask: expected a causal bias of .* got \(5, 7\)"):
+        fastattn.scaled_dot_product_attention(q, q, q, bias)
+    with pytest.raises(TypeError, match=r"bias: .* got a CausalBias"):
+        fastattn.attention(q, k, k, bias=bias)
 
 
 def test_override_is_one_threads(calls):

@@ -242,6 +242,22 @@ def test_other_ways_to_generate(family, way):
     assert torch.equal(*outs)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "bert", "llama"])
+def test_patched_and_exported(family):
+    model = eager(family)
+    model.config.use_cache = False  # a cache is no tensor
+    fastattn.patch(model)
+    keywords, _ = inputs(family, "right")
+    lengths = {name: {1: torch.export.Dim.DYNAMIC} for name in keywords}
+    program = torch.export.export(model, (), keywords, dynamic_shapes=lengths)
+    used = [str(node.target) for node in program.graph.nodes if "fastattn" in str(node.target)]
+    assert sum("attention_forward" in name for name in used) == 2
+    assert sum("layer_norm_forward" in name for name in used) >= 5
+    longer = {name: torch.cat([x, x[:, :4]], 1) for name, x in keywords.items()}
+    for given in (keywords, longer):
+        torch.testing.assert_close(program.module()(**given).logits, model(**given).logits, **CLOSE)
+
+
 @families
 def test_gradient_checkpointing(family):
     theirs = eager(family)
@@ -259,14 +275,60 @@ def test_gradient_checkpointing(family):
         torch.testing.assert_close(grads[0][name], grad, **CLOSE)
 
 
-def test_a_mask_of_the_wrong_shape():
-    model = eager("llama")
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_a_mask_of_the_wrong_shape(family):
+    model = eager(family)
     fastattn.patch(model)
-    keywords, _ = inputs("llama")
-    with pytest.raises(
-        ValueError, match=r"bias: expected a shape that broadcasts .* got \(2, 1, 9, 4\)"
-    ):
-        model(keywords["input_ids"], attention_mask=torch.zeros(2, 1, 9, 4))
+    keywords, _ = inputs(family)
+    message = r"attention_mask: expected a shape that broadcasts .* got \(2, 1, 9, 4\)"
+    with pytest.raises(ValueError, match=message):
+        model(**{**keywords, "attention_mask": torch.zeros(2, 1, 9, 4)})
+
+
+OWN = {
+    "NllbMoe": {"num_experts": 2, "expert_capacity": 20},
+    "PegasusX": {"block_size": 4, "num_global_tokens": 4},
+    "BigBirdPegasus": {"block_size": 4},
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_models_that_are_made_for_eager_masks(name):
+    """Decoders do not say that they are causal, or encoders add the mask to scores themselves."""
+    config = getattr(transformers, f"{name}Config")(**(FAMILIES["bart"][2] | OWN[name]))
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    ids = torch.randint(3, VOCAB, (2, 7))
+    keywords = {"input_ids": ids, "attention_mask": ids.ne(ids[0, 0]).long()}
+    keywords["decoder_input_ids"] = ids.flip(1)
+    expected = model(**keywords).logits
+    report = fastattn.patch(model)
+    assert 'attn_implementation="fastattn"' in report.replaced["config"]
+    torch.testing.assert_close(model(**keywords).logits, expected, **CLOSE)
+
+
+def test_what_only_eager_attention_knows(monkeypatch):
+    def eager_attention_forward(module, query, key, value, attention_mask, sinks=None, **keywords):
+        return value, None
+
+    model = eager("llama")
+    attention = model.model.layers[0].self_attn
+    code = sys.modules[type(attention).__module__]
+    monkeypatch.setattr(code, "eager_attention_forward", eager_attention_forward)
+    integration.unknown_arguments.cache_clear()
+    try:
+        report = fastattn.patch(model)
+        assert "its attention takes sinks" in report.left["config"]
+        assert model.config._attn_implementation == "eager"
+        x = torch.ones(1, 4, 3, 8)
+        with pytest.raises(TypeError, match=r"sinks: expected None, got Tensor; only the eager"):
+            integration.attention_forward(attention, x, x, x, None, sinks=torch.zeros(4))
+        integration.attention_forward(attention, x, x, x, None, sinks=None)
+    finally:
+        integration.unknown_arguments.cache_clear()
 
 
 def test_a_model_inside_another():

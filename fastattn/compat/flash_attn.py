@@ -15,9 +15,11 @@ from torch import Tensor
 
 from .. import dispatch, library, reference
 from ..ops import attention as ops
-from ..spec import AttentionSpec, check_flag, check_tensor
+from ..spec import AttentionSpec, Names, check_flag, check_number, check_tensor
 
 __all__ = ["flash_attn_func", "flash_attn_kvpacked_func", "flash_attn_qkvpacked_func"]
+
+_NAMES = Names(window="window_size", scale="softmax_scale")
 
 
 def flash_attn_func(
@@ -42,9 +44,9 @@ def flash_attn_func(
         dropout_p: in [0, 1], the share of probabilities to drop; seeded by torch.manual_seed.
         softmax_scale: None: 1 / sqrt(D).
         causal: aligned bottom-right: the last query sees every key.
-        window_size: (left, right), query i sees the keys from ``i + Sk - Sq - left`` to
-            ``i + Sk - Sq + right``; -1: no limit.
-        softcap: ``softcap * tanh(score / softcap)``; 0: off.
+        window_size: (left, right), or a tensor of these: query i sees the keys from
+            ``i + Sk - Sq - left`` to ``i + Sk - Sq + right``; -1: no limit.
+        softcap: ``softcap * tanh(score / softcap)``; 0 or less: off.
         alibi_slopes: (H,) or (B, H): subtracts ``slope * |i + Sk - Sq - j|``.
         deterministic: require a bitwise repeatable backward, which it is anyway.
         return_attn_probs: return (out, lse, S_dmask).
@@ -62,27 +64,10 @@ def flash_attn_func(
     _check_rank("q", q, 4, "(batch, sequence, heads, head_dim)")
     _check_rank("k", k, 4, "(batch, sequence, heads, head_dim)")
     _check_rank("v", v, 4, "(batch, sequence, heads, head_dim)")
-    check_flag("causal", causal)
-    check_flag("deterministic", deterministic)
-    check_flag("return_attn_probs", return_attn_probs)
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, S, D) views
-    variant: dict[str, Any] = {
-        "causal": causal,
-        "window": window_size,
-        "scale": softmax_scale,
-        "softcap": softcap,
-        "alibi_slopes": alibi_slopes,
-        "dropout_p": dropout_p,
-        "deterministic": True if deterministic else None,  # else as torch has it
-    }
-    if return_attn_probs and dropout_p:
-        out, lse, dropped = _with_probabilities(q, k, v, variant)
-        return out.transpose(1, 2), lse, dropped
-    result = ops.attention(q, k, v, **variant, return_lse=return_attn_probs)
-    if not return_attn_probs:
-        return result.transpose(1, 2)  # type: ignore[union-attr]
-    out, lse = result
-    return out.transpose(1, 2), lse, None
+    return _attend(
+        _NAMES, q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+        deterministic, return_attn_probs,
+    )  # fmt: skip
 
 
 def flash_attn_kvpacked_func(
@@ -100,9 +85,10 @@ def flash_attn_kvpacked_func(
     """``flash_attn_func`` of keys and values in one tensor, kv (B, Sk, 2, Hkv, D)."""
     _check_rank("kv", kv, 5, "(batch, sequence, 2, heads, head_dim)")
     k, v = kv.unbind(2)
-    return flash_attn_func(
-        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
-        deterministic, return_attn_probs,
+    _check_rank("q", q, 4, "(batch, sequence, heads, head_dim)")
+    return _attend(
+        _NAMES._replace(k="kv", v="kv"), q, k, v, dropout_p, softmax_scale, causal, window_size,
+        softcap, alibi_slopes, deterministic, return_attn_probs,
     )  # fmt: skip
 
 
@@ -120,10 +106,47 @@ def flash_attn_qkvpacked_func(
     """``flash_attn_func`` of all three in one tensor, qkv (B, S, 3, H, D)."""
     _check_rank("qkv", qkv, 5, "(batch, sequence, 3, heads, head_dim)")
     q, k, v = qkv.unbind(2)
-    return flash_attn_func(
-        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
-        deterministic, return_attn_probs,
+    return _attend(
+        _NAMES._replace(q="qkv", k="qkv", v="qkv"), q, k, v, dropout_p, softmax_scale, causal,
+        window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
     )  # fmt: skip
+
+
+def _attend(
+    names: Names,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: tuple[int, int],
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    deterministic: bool,
+    return_attn_probs: bool,
+) -> Any:
+    check_flag("causal", causal)
+    check_flag("deterministic", deterministic)
+    check_flag("return_attn_probs", return_attn_probs)
+    if isinstance(window_size, Tensor):
+        window_size = tuple(window_size.tolist())
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, S, D) views
+    variant: dict[str, Any] = {
+        "causal": causal,
+        "window": window_size,
+        "scale": softmax_scale,
+        "softcap": softcap if softcap is None else max(check_number("softcap", softcap), 0.0),
+        "alibi_slopes": alibi_slopes,
+        "dropout_p": dropout_p,
+        "deterministic": True if deterministic else None,  # else as torch has it
+        "names": names,
+    }
+    if return_attn_probs and dropout_p:
+        out, lse, dropped = _with_probabilities(q, k, v, variant)
+        return out.transpose(1, 2), lse, dropped
+    out, lse = ops.attend(q, k, v, **variant)
+    return (out.transpose(1, 2), lse, None) if return_attn_probs else out.transpose(1, 2)
 
 
 def _check_rank(name: str, x: Any, rank: int, form: str) -> None:

@@ -5,15 +5,28 @@ transformers is imported by ``register`` only, and is no dependency of this pack
 
 from __future__ import annotations
 
+import functools
+import inspect
+import sys
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.attention import attention
+from ..ops.attention import attend
+from ..spec import Names, check_broadcasts
 
 NAME = "fastattn"
+_NAMES = Names(
+    q="query",
+    k="key",
+    v="value",
+    scale="scaling",
+    bias="attention_mask",
+    sinks="s_aux",
+    dropout_p="dropout",
+)
 
 # What transformers is recording of the call that runs now, from ``register`` on: some models
 # (GPT-2) tell their attention in no other way that its weights were asked for.
@@ -46,12 +59,43 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, attention_mask)
 
 
-def attention_mask(*args: Any, **keywords: Any) -> Tensor | None:
+def attention_mask(*args: Any, config: Any = None, **keywords: Any) -> Tensor | None:
     """transformers' own mask for sdpa: boolean (B, 1, Sq, Sk), True = attend, or None where the
-    module's ``is_causal`` says it all."""
-    from transformers.masking_utils import sdpa_mask
+    module's ``is_causal`` says it all. Models that are not made for it get eager's, additive."""
+    from transformers.masking_utils import eager_mask, sdpa_mask
 
-    return sdpa_mask(*args, **keywords)
+    kind: Any = type(config)
+    made = _made_for_such_masks(kind, getattr(config, "is_encoder_decoder", False))
+    return (sdpa_mask if made else eager_mask)(*args, config=config, **keywords)
+
+
+@functools.cache
+def _made_for_such_masks(config: type, encoder_decoder: bool) -> bool:
+    """Whether the models of this configuration can do with a mask that is boolean or None.
+
+    Those have to that transformers lets use sdpa, or a causal one flash attention; others may have
+    a wrong ``is_causal``, or add the mask to scores in code of their own.
+    """
+    from transformers import PreTrainedModel
+
+    waiting, models = [PreTrainedModel], []
+    while waiting:
+        model = waiting.pop()
+        waiting += model.__subclasses__()
+        if model.config_class is config:
+            models.append(model)
+    return all(m._supports_sdpa or (m._supports_flash_attn and not encoder_decoder) for m in models)
+
+
+@functools.cache
+def unknown_arguments(attention: type) -> tuple[str, ...]:
+    """What a module of transformers may pass to its eager attention, and not to the one here."""
+    eager = getattr(sys.modules.get(attention.__module__), "eager_attention_forward", None)
+    if eager is None:
+        return ()
+    known = {*inspect.signature(attention_forward).parameters, "sliding_window"}
+    taken = inspect.signature(eager).parameters.values()
+    return tuple(x.name for x in taken if x.kind is not x.VAR_KEYWORD and x.name not in known)
 
 
 def attention_forward(
@@ -86,10 +130,25 @@ def attention_forward(
 
     Returns:
         (out (B, Sq, H, D), weights (B, H, Sq, Sk) or None).
+
+    Raises:
+        TypeError, ValueError: an argument is wrong, or one of the model's that only its own eager
+            attention knows.
     """
+    kind: Any = type(module)
+    for name in unknown_arguments(kind):
+        if keywords.get(name) is not None:
+            raise TypeError(
+                f"{name}: expected None, got {type(keywords[name]).__name__}; only the eager "
+                f"attention of {kind.__name__} takes it"
+            )
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     causal = bool(is_causal) and attention_mask is None and query.shape[2] > 1
+    full = (*query.shape[:3], key.shape[2])
+    for name, given in (("attention_mask", attention_mask), ("position_bias", position_bias)):
+        if given is not None:
+            check_broadcasts(name, given, full)
     bias = _bias(attention_mask, position_bias)
     if bias is not None and bias.dtype not in (torch.bool, torch.float32, query.dtype):
         bias = bias.to(query.dtype)
@@ -98,7 +157,7 @@ def attention_forward(
             query, key, value, bias, causal, dropout, scaling, softcap, s_aux
         )
         return out.transpose(1, 2), weights
-    result: Any = attention(
+    out, _ = attend(
         query,
         key,
         value,
@@ -108,8 +167,9 @@ def attention_forward(
         bias=bias,
         sinks=s_aux,
         dropout_p=dropout,
+        names=_NAMES,
     )
-    return result.transpose(1, 2), None
+    return out.transpose(1, 2), None
 
 
 def _bias(mask: Tensor | None, position_bias: Tensor | None) -> Tensor | None:

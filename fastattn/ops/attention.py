@@ -11,7 +11,9 @@ from torch import Tensor
 from .. import dispatch, library, reference
 from ..backends.base import statistics_dtype
 from ..dispatch import Explanation, Request
-from ..spec import AttentionSpec, check_flag, check_tensor
+from ..spec import AttentionSpec, Names, check_flag, check_tensor, is_causal_bias
+
+_TORCH_NAMES = Names("query", "key", "value", bias="attn_mask")
 
 
 def attention(
@@ -65,12 +67,10 @@ def attention(
         TypeError, ValueError: an argument is wrong, or the named backend does not serve the call.
     """
     check_flag("return_lse", return_lse)
-    if isinstance(q, Tensor) and _under_autocast(q):
-        q, k, v, bias = _autocast(q, k, v, bias)
-    spec = AttentionSpec.of(
-        q, k, v, causal, window, scale, softcap, alibi_slopes, bias, sinks, dropout_p, deterministic
-    )
-    out, lse = _attention(q, k, v, bias, alibi_slopes, sinks, spec, deterministic, backend)
+    out, lse = attend(
+        q, k, v, causal, window, scale, softcap, alibi_slopes, bias, sinks, dropout_p,
+        deterministic, backend,
+    )  # fmt: skip
     return (out, lse) if return_lse else out
 
 
@@ -93,7 +93,7 @@ def scaled_dot_product_attention(
         key: (..., H, S, E).
         value: (..., H, S, Ev).
         attn_mask: broadcastable to (..., Hq, L, S); bool, True = attend; or float32 or query's
-            dtype, added to the scores.
+            dtype, added to the scores; or a ``torch.nn.attention.bias.CausalBias``.
         dropout_p: in [0, 1].
         is_causal: query i sees the keys j <= i (top-left), also where L != S.
         scale: None: 1 / sqrt(E).
@@ -112,10 +112,13 @@ def scaled_dot_product_attention(
             raise ValueError(f"{name}: expected at least 2 dimensions, got shape {tuple(x.shape)}")
     check_flag("is_causal", is_causal)
     check_flag("enable_gqa", enable_gqa)
+    causal: bool | str = "top_left" if is_causal else False
     if attn_mask is not None:
         check_tensor("attn_mask", attn_mask)
         if is_causal:
             raise ValueError("attn_mask: expected None with is_causal=True, got a tensor")
+        if is_causal_bias(attn_mask):
+            causal, attn_mask = _causal_of(attn_mask, query.shape[-2], key.shape[-2]), None
     lead = None
     if query.dim() != 4 or query.shape[:2] != key.shape[:2] or query.shape[:2] != value.shape[:2]:
         query, key, value, attn_mask, lead = _to_4d(query, key, value, attn_mask, enable_gqa)
@@ -125,11 +128,11 @@ def scaled_dot_product_attention(
         query,
         key,
         value,
-        causal="top_left" if is_causal else False,
+        causal=causal,
         scale=scale,
         bias=attn_mask,
         dropout_p=dropout_p,
-        names=("query", "key", "value", "attn_mask"),
+        names=_TORCH_NAMES,
     )
     out, _ = _attention(query, key, value, attn_mask, None, None, spec, None, backend)
     return out if lead is None else out.reshape(*lead, *out.shape[-2:])
@@ -166,6 +169,32 @@ def explain(
     needs_grad = library.needs_grad(q, k, v, bias, alibi_slopes, sinks)
     request = _request(q, k, v, bias, alibi_slopes, sinks, spec, deterministic, needs_grad)
     return dispatch.explain(backend, request)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    deterministic: bool | None = None,
+    backend: str | None = None,
+    names: Names | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of ``attention``, for callers whose arguments have other ``names``."""
+    if isinstance(q, Tensor) and _under_autocast(q):
+        q, k, v, bias = _autocast(q, k, v, bias)
+    spec = AttentionSpec.of(
+        q, k, v, causal, window, scale, softcap, alibi_slopes, bias, sinks, dropout_p,
+        deterministic, names,
+    )  # fmt: skip
+    return _attention(q, k, v, bias, alibi_slopes, sinks, spec, deterministic, backend)
 
 
 def _attention(
@@ -371,6 +400,15 @@ def _to_4d(
         attn_mask = _expand_mask(attn_mask, (*batch, *heads))
         attn_mask = attn_mask.reshape(-1, *heads, *attn_mask.shape[-2:])
     return fold(query, heads), fold(key, kv_heads), fold(value, kv_heads), attn_mask, lead
+
+
+def _causal_of(attn_mask: Any, q_len: int, k_len: int) -> str:
+    of = (attn_mask.seq_len_q, attn_mask.seq_len_kv)
+    if of != (q_len, k_len):
+        raise ValueError(
+            f"attn_mask: expected a causal bias of (q_len, k_len) = {(q_len, k_len)}, got {of}"
+        )
+    return "top_left" if attn_mask.variant.name == "UPPER_LEFT" else "bottom_right"
 
 
 def _heads(x: Tensor) -> tuple[int, ...]:
