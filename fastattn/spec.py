@@ -233,7 +233,7 @@ def _check_per_head(name: str, x: Any, q: Tensor, shapes: tuple[tuple[int, ...],
 def check_tensor(name: str, x: Any) -> None:
     """TypeError unless x is a dense tensor."""
     if isinstance(x, Tensor) and x.layout is _STRIDED and not x.is_nested:
-        if type(x).__name__ == "DTensor":  # by name: importing it takes long
+        if type(x) is not Tensor and type(x).__name__ == "DTensor":  # importing it takes long
             raise TypeError(
                 f"{name}: expected a tensor of this process, got a DTensor; call with to_local(), "
                 "or inside fastattn.override(), where torch's own function serves it"

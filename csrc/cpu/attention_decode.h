@@ -56,8 +56,8 @@ class DecodeTile {
     for (int64_t j = keys.begin; j < keys.end; j += kKeys) {
       const int n = int(std::min<int64_t>(kKeys, keys.end - j));
       const Source<T> kj{k.at(j, 0), k.row, k.col}, vj{v.at(j, 0), v.row, v.col};
-      // What is read in place for several queries at once is asked for a block ahead; one query reads
-      // so fast that the processor's own prefetching does better.
+      // What is read in place for several queries at once is asked for a block ahead; one query
+      // reads so fast that the processor's own prefetching does better.
       const bool last = j + 2 * kKeys > keys.end;
       if (k_direct) {
         score(kj, n, last ? 0 : kKeys * k.row);

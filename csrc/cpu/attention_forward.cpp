@@ -47,8 +47,7 @@ class ForwardTile {
   void run(int64_t b, int64_t h, int64_t i, int rows, KeyRange keys) {
     const int64_t kv = h / p_.shape.group();
     const Source<T> q{p_.q.at<const T>(b, h, i), p_.q.stride[2], p_.q.stride[3]};
-    const Left<Compute> queries =
-        rows_of<Compute>(q_, d_elems_, q, rows, int(p_.shape.head_dim));
+    const Left<Compute> queries = rows_of<Compute>(q_, d_elems_, q, rows, int(p_.shape.head_dim));
     std::fill_n(out_, size_t(rows) * v_cols_, A(0));
     softmax_.start(rows);
     const ScoreMod<A> mod(p_, b, h);
@@ -87,7 +86,7 @@ class ForwardTile {
     mod.prefetch(i + r0, rows, j + begin, end - begin);
     queries.data += r0 * queries.row;
     tile_matmul<Into::kStore, Compute>(queries, {k_ + begin / kWide * k_stride, k_stride}, scores_,
-                                        kKeyBlock, rows, width, d_elems_);
+                                       kKeyBlock, rows, width, d_elems_);
     const QueriesOfHead<A> query{mod, i + r0};
     softmax_.block(scores_, probs_, kKeyBlock, r0, rows, j + begin, end - begin, width, spoils,
                    query);
@@ -102,7 +101,7 @@ class ForwardTile {
       tile_matmul_sparse(left, right, out, v_cols_, rows, v_cols_, depth);
     } else {
       tile_matmul<Into::kRescale>(left, right, out, v_cols_, rows, v_cols_, depth,
-                                   softmax_.factors(r0));
+                                  softmax_.factors(r0));
     }
   }
 

@@ -14,7 +14,7 @@ namespace {
 // Tile sizes: multiples of the register tile's rows, keys of the panel too.
 constexpr int kQueryBlock = 8 * kTileRows;
 template <typename A>
-constexpr int kKeyBlock = (kTotalsInRegisters                       ? 8
+constexpr int kKeyBlock = (kTotalsInRegisters                      ? 8
                            : kTileRows == 6 && Vec<A>::kWidth == 8 ? 12
                                                                    : 4) *
                           Vec<A>::kWidth;
@@ -102,8 +102,8 @@ class BackwardTile {
     const bool hides = p_.bias || j_ < full.begin || j_ + n_ > full.end;
     spoils_ = hides && !(keys_finite_ && all_finite(q, rows, d_) && all_finite(dout, rows, dv_));
     if (wanted_.ds()) {
-      product(rows_of<Compute>(do_rows_, dv_elems_, dout, rows, dv_), {v_transposed_, ptrdiff_t(dv_elems_) * kWide}, dprobs_,
-              rows, dv_elems_);
+      product(rows_of<Compute>(do_rows_, dv_elems_, dout, rows, dv_),
+              {v_transposed_, ptrdiff_t(dv_elems_) * kWide}, dprobs_, rows, dv_elems_);
     }
     if (wanted_.dk) queries_ = panels_of<Compute>(q_panels_, kByRow, q, rows, d_);
     if (wanted_.dv) douts_ = panels_of<Compute>(do_panels_, kByRow, dout, rows, dv_);
@@ -111,13 +111,9 @@ class BackwardTile {
   }
 
   // dv (n, dv_cols) += drop(p)^T . do
-  void add_dv(A* dv) const {
-    add(by_key(scores_, p_pairs_), douts_, dv, dv_cols_, n_, rows_);
-  }
+  void add_dv(A* dv) const { add(by_key(scores_, p_pairs_), douts_, dv, dv_cols_, n_, rows_); }
   // dk (n, d_cols) += ds^T . q
-  void add_dk(A* dk) const {
-    add(by_key(dprobs_, ds_pairs_), queries_, dk, d_cols_, n_, rows_);
-  }
+  void add_dk(A* dk) const { add(by_key(dprobs_, ds_pairs_), queries_, dk, d_cols_, n_, rows_); }
   // dq (rows, d_cols) += ds . k
   void add_dq(A* dq) const {
     const auto* ds = kDepth == 1 ? reinterpret_cast<const Elem*>(dprobs_)
@@ -153,8 +149,8 @@ class BackwardTile {
     i_ = i;
     rows_ = rows;
     const Source<T> q{p_.q.at<const T>(b_, h, i), p_.q.stride[2], p_.q.stride[3]};
-    product(rows_of<Compute>(q_rows_, d_elems_, q, rows, d_), {k_transposed_, ptrdiff_t(d_elems_) * kWide}, scores_, rows,
-            d_elems_);
+    product(rows_of<Compute>(q_rows_, d_elems_, q, rows, d_),
+            {k_transposed_, ptrdiff_t(d_elems_) * kWide}, scores_, rows, d_elems_);
     return q;
   }
 
@@ -300,7 +296,7 @@ class BackwardTile {
   const int d_, dv_, d_elems_, dv_elems_, d_cols_, dv_cols_;
   Elem *k_transposed_, *v_transposed_, *k_panels_, *q_rows_, *q_panels_, *do_rows_, *do_panels_;
   Panels<Compute> keys_{}, queries_{}, douts_{};  // at hand, for dq, dk and dv
-  A *scores_, *dprobs_;  // (kRows, kKeys): scores, then p; do . v, then ds
+  A *scores_, *dprobs_;                           // (kRows, kKeys): scores, then p; do . v, then ds
   Narrow* ds_rows_;
   Elem *p_pairs_, *ds_pairs_;
   A *slope_, *bias_, *keep_;

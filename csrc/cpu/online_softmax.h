@@ -91,9 +91,14 @@ class OnlineSoftmax {
       mask_row(row, sees.begin - j, std::min<int64_t>(sees.end - j, n), width);
       if (mark)
         for (int c = 0; c < n; ++c) visible_[r * n + c] = row[c] != kHidden;
-      V best = load(row);
-      for (int c = w; c < width; c += w) best = vmax(best, load(row + c));
-      store(lanes_ + r * w, best);
+      V even = load(row), odd = even;
+      int c = w;
+      for (; c + w < width; c += 2 * w) {
+        odd = vmax(odd, load(row + c));
+        even = vmax(even, load(row + c + w));
+      }
+      if (c < width) odd = vmax(odd, load(row + c));
+      store(lanes_ + r * w, vmax(even, odd));
     }
     update_max(r0, rows);
 
@@ -184,7 +189,7 @@ class OnlineSoftmax {
 
   const AttentionParams& p_;
   const bool modified_;
-  const ScaledExp<A, kExact> exp_;  // of a difference of scores
+  const ScaledExp<A, kExact> exp_;      // of a difference of scores
   A *max_, *sum_, *sum_low_, *factor_;  // of the tile
   A *reference_, *lanes_;               // of the block: maxima, and per-lane maxima or sums
   A* bias_;

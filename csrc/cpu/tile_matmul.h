@@ -100,8 +100,8 @@ struct Left {
   const typename Compute::Elem* data;
   ptrdiff_t row, depth;
 };
-// Panels of k_elems x kPanel elements: `stride` elements from one panel to the next, `depth` from one
-// row of a panel to the next. Packed panels hold their rows one after the other.
+// Panels of k_elems x kPanel elements: `stride` elements from one panel to the next, `depth` from
+// one row of a panel to the next. Packed panels hold their rows one after the other.
 template <class Compute>
 struct Panels {
   const typename Compute::Elem* data;
@@ -111,8 +111,8 @@ struct Panels {
 
 // kRows rows of C, kVectors vectors wide.
 template <class Compute, int kVectors, int kRows, Into kInto>
-FASTATTN_INLINE void tile_matmul_step(Left<Compute> a, Panels<Compute> b,
-                                      typename Compute::Acc* c, ptrdiff_t c_row, int k_elems,
+FASTATTN_INLINE void tile_matmul_step(Left<Compute> a, Panels<Compute> b, typename Compute::Acc* c,
+                                      ptrdiff_t c_row, int k_elems,
                                       const typename Compute::Acc* factor) {
   using A = typename Compute::Acc;
   constexpr int w = Vec<A>::kWidth;
@@ -129,8 +129,8 @@ FASTATTN_INLINE void tile_matmul_step(Left<Compute> a, Panels<Compute> b,
     each([&](auto, auto, int i) FASTATTN_INLINE_LAMBDA { sum[i] = zero<A>(); });
     for (int k = 0; k < run; ++k) {
       typename Compute::Operand columns[kVectors];
-      unroll<kVectors>([&](auto v)
-                           FASTATTN_INLINE_LAMBDA { columns[v] = Compute::load_b(b.data + v * w); });
+      unroll<kVectors>(
+          [&](auto v) FASTATTN_INLINE_LAMBDA { columns[v] = Compute::load_b(b.data + v * w); });
       unroll<kRows>([&](auto r) FASTATTN_INLINE_LAMBDA {
         const auto x = Compute::broadcast(a.data + r * a.row);
         unroll<kVectors>([&](auto v) FASTATTN_INLINE_LAMBDA {
@@ -169,9 +169,9 @@ FASTATTN_INLINE void tile_matmul_rest(int rows, Left<Compute> a, Panels<Compute>
 }
 
 template <class Compute, int kVectors, Into kInto>
-FASTATTN_INLINE void tile_matmul_panel(Left<Compute> a, Panels<Compute> b,
-                                       typename Compute::Acc* c, ptrdiff_t c_row, int rows,
-                                       int k_elems, const typename Compute::Acc* factor) {
+FASTATTN_INLINE void tile_matmul_panel(Left<Compute> a, Panels<Compute> b, typename Compute::Acc* c,
+                                       ptrdiff_t c_row, int rows, int k_elems,
+                                       const typename Compute::Acc* factor) {
   for (; rows >= kTileRows; rows -= kTileRows) {
     tile_matmul_step<Compute, kVectors, kTileRows, kInto>(a, b, c, c_row, k_elems, factor);
     a.data += kTileRows * a.row;

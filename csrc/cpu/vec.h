@@ -443,8 +443,8 @@ FASTATTN_INLINE void exp2_of_fraction(Vec<float> (&f)[kCount]) {
   Vec<float> p[kCount];
   unroll<kCount>([&](auto i) FASTATTN_INLINE_LAMBDA { p[i] = c(terms - 1); });
   unroll<terms - 1>([&](auto k) FASTATTN_INLINE_LAMBDA {
-    unroll<kCount>(
-        [&](auto i) FASTATTN_INLINE_LAMBDA { p[i] = fma(p[i], f[i], c(terms - 2 - k)); });
+    unroll<kCount>([&](auto i)
+                       FASTATTN_INLINE_LAMBDA { p[i] = fma(p[i], f[i], c(terms - 2 - k)); });
   });
   unroll<kCount>([&](auto i) FASTATTN_INLINE_LAMBDA { f[i] = fma(p[i], f[i], set1(1.0f)); });
 }
@@ -481,9 +481,9 @@ FASTATTN_INLINE Vec<A> exp2_or_nan(Vec<A> x) {
   return one[0];
 }
 
-// x -> e^(scale x) for scale > 0 and scale x < 88, or NaN. kExact: to 1e-7 whatever the size of x: no
-// product is rounded on the way, as exp2(x * log2(e)) rounds one. For gradients, where that shows
-// beside libm.
+// x -> e^(scale x) for scale > 0 and scale x < 88, or NaN. kExact: to 1e-7 whatever the size of x:
+// no product is rounded on the way, as exp2(x * log2(e)) rounds one. For gradients, where that
+// shows beside libm.
 template <typename A, bool kExact>
 class ScaledExp;
 
