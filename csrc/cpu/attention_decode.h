@@ -16,7 +16,7 @@ class DecodeTile {
   using Elem = typename Compute::Elem;
   using V = Vec<A>;
   static constexpr int w = V::kWidth;
-  static constexpr int kKeys = 16;  // keys between two visits to the online softmax
+  static constexpr int kKeys = 32;  // keys between two visits to the online softmax
   static constexpr int kChunk = w * Compute::kDepth;          // numbers of a key in one vector
   static constexpr int kRows = w >= 16 ? 4 : w >= 8 ? 2 : 1;  // queries that share a load
 
