@@ -109,51 +109,72 @@ struct Panels {
   ptrdiff_t depth = kPanel<typename Compute::Acc>;
 };
 
-// kRows rows of C, kVectors vectors wide.
+// kRows rows of C, kVectors (2 or 1) vectors wide. Sums are scalar variables: gcc keeps small
+// arrays in loops on the stack, and takes minutes over lambdas that unroll them where a sanitizer
+// is at work.
 template <class Compute, int kVectors, int kRows, Into kInto>
 FASTATTN_INLINE void tile_matmul_step(Left<Compute> a, Panels<Compute> b, typename Compute::Acc* c,
                                       ptrdiff_t c_row, int k_elems,
                                       const typename Compute::Acc* factor) {
   using A = typename Compute::Acc;
-  constexpr int w = Vec<A>::kWidth;
-  Vec<A> sum[kRows * kVectors], total[kRows * kVectors];
-  const auto each = [](auto&& f) FASTATTN_INLINE_LAMBDA {
-    unroll<kRows>([&](auto r) FASTATTN_INLINE_LAMBDA {
-      unroll<kVectors>([&](auto v) FASTATTN_INLINE_LAMBDA { f(r, v, r * kVectors + v); });
-    });
-  };
-  if constexpr (kTotalsInRegisters) each([&](auto, auto, int i) { total[i] = zero<A>(); });
+  using V = Vec<A>;
+  constexpr int w = V::kWidth;
+#define FASTATTN_ROWS(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
+#define FASTATTN_TOTALS(r) V total##r##0 = zero<A>(), total##r##1 = zero<A>();
+#define FASTATTN_SUMS(r) V sum##r##0 = zero<A>(), sum##r##1 = zero<A>();
+#define FASTATTN_STEP(r)                                                     \
+  if constexpr (kRows > r) {                                                 \
+    const auto x = Compute::broadcast(a.data + r * a.row);                   \
+    sum##r##0 = Compute::step(x, b0, sum##r##0);                             \
+    if constexpr (kVectors > 1) sum##r##1 = Compute::step(x, b1, sum##r##1); \
+  }
+#define FASTATTN_WRITE(r, into, value)                                     \
+  if constexpr (kRows > r) {                                               \
+    tile_matmul_write<into>(c + r * c_row, value##r##0, factor + r);       \
+    if constexpr (kVectors > 1)                                            \
+      tile_matmul_write<into>(c + r * c_row + w, value##r##1, factor + r); \
+  }
+#define FASTATTN_ADD(r)                                                \
+  if constexpr (kRows > r) {                                           \
+    total##r##0 = total##r##0 + sum##r##0;                             \
+    if constexpr (kVectors > 1) total##r##1 = total##r##1 + sum##r##1; \
+  }
+#define FASTATTN_WRITE_TOTAL(r) FASTATTN_WRITE(r, kInto, total)
+#define FASTATTN_WRITE_FIRST(r) FASTATTN_WRITE(r, kInto, sum)
+#define FASTATTN_WRITE_MORE(r) FASTATTN_WRITE(r, Into::kAdd, sum)
+  FASTATTN_ROWS(FASTATTN_TOTALS)
   int done = 0;
   do {
     const int run = std::min(k_elems - done, kSumRun);
-    each([&](auto, auto, int i) FASTATTN_INLINE_LAMBDA { sum[i] = zero<A>(); });
+    FASTATTN_ROWS(FASTATTN_SUMS)
     for (int k = 0; k < run; ++k) {
-      typename Compute::Operand columns[kVectors];
-      unroll<kVectors>(
-          [&](auto v) FASTATTN_INLINE_LAMBDA { columns[v] = Compute::load_b(b.data + v * w); });
-      unroll<kRows>([&](auto r) FASTATTN_INLINE_LAMBDA {
-        const auto x = Compute::broadcast(a.data + r * a.row);
-        unroll<kVectors>([&](auto v) FASTATTN_INLINE_LAMBDA {
-          sum[r * kVectors + v] = Compute::step(x, columns[v], sum[r * kVectors + v]);
-        });
-      });
+      const auto b0 = Compute::load_b(b.data);
+      const auto b1 = kVectors > 1 ? Compute::load_b(b.data + w) : b0;
+      FASTATTN_ROWS(FASTATTN_STEP)
       a.data += a.depth;
       b.data += b.depth;
     }
-    each([&](auto r, auto v, int i) FASTATTN_INLINE_LAMBDA {
-      if constexpr (kTotalsInRegisters)
-        total[i] = total[i] + sum[i];
-      else if (done == 0)
-        tile_matmul_write<kInto>(c + r * c_row + v * w, sum[i], factor + r);
-      else
-        tile_matmul_write<Into::kAdd>(c + r * c_row + v * w, sum[i], factor);
-    });
+    if constexpr (kTotalsInRegisters) {
+      FASTATTN_ROWS(FASTATTN_ADD)
+    } else if (done == 0) {
+      FASTATTN_ROWS(FASTATTN_WRITE_FIRST)
+    } else {
+      FASTATTN_ROWS(FASTATTN_WRITE_MORE)
+    }
     done += run;
   } while (done < k_elems);
-  if constexpr (kTotalsInRegisters)
-    each([&](auto r, auto v, int i) FASTATTN_INLINE_LAMBDA {
-      tile_matmul_write<kInto>(c + r * c_row + v * w, total[i], factor + r);
-    });
+  if constexpr (kTotalsInRegisters) {
+    FASTATTN_ROWS(FASTATTN_WRITE_TOTAL)
+  }
+#undef FASTATTN_ROWS
+#undef FASTATTN_TOTALS
+#undef FASTATTN_SUMS
+#undef FASTATTN_STEP
+#undef FASTATTN_WRITE
+#undef FASTATTN_ADD
+#undef FASTATTN_WRITE_TOTAL
+#undef FASTATTN_WRITE_FIRST
+#undef FASTATTN_WRITE_MORE
 }
 
 template <class Compute, int kVectors, int kRows, Into kInto>
