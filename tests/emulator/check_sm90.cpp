@@ -1,45 +1,10 @@
 // A program that runs the attention of sm_90a, both directions, on small problems and compares with
-// the definition in float64: for ThreadSanitizer, and for kernels with mistakes in them. Arguments:
-// lazy, eager or random:SEED. Says what is wrong, and returns 1.
-#include <algorithm>
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <random>
-#include <string>
-#include <vector>
-
-#include "launch.h"
+// the definition in float64: for ThreadSanitizer, and for kernels with mistakes in them.
+#include "check.h"
 
 using namespace fastattn;
 
 namespace {
-
-int failures = 0;
-std::mt19937 chance(7);
-
-// Memory of exactly the size, with NaNs in it, for AddressSanitizer and for what is not written.
-template <typename T>
-struct Array {
-  size_t size;
-  T* data;
-
-  explicit Array(size_t n)
-      : size(n), data(static_cast<T*>(std::aligned_alloc(16, (n * sizeof(T) + 15) / 16 * 16))) {
-    std::fill_n(reinterpret_cast<unsigned char*>(data), n * sizeof(T), 0xFF);
-  }
-  Array(const Array&) = delete;
-  ~Array() { std::free(data); }
-  void draw() {
-    std::normal_distribution<float> normal(0, 1);
-    for (size_t i = 0; i < size; ++i) data[i] = from_float<T>(normal(chance));
-  }
-  std::vector<double> numbers() const {
-    std::vector<double> out(size);
-    for (size_t i = 0; i < size; ++i) out[i] = to_float(data[i]);
-    return out;
-  }
-};
 
 struct Problem {
   const char* name;
@@ -149,21 +114,12 @@ void check(DType dtype, const Problem& problem) {
                 of_lse, of_gradients);
     ++failures;
   }
-  for (const std::string& what : emulator::take_rare()) {
-    std::printf("%s: a kernel found its own result broken: %s\n", problem.name, what.c_str());
-    ++failures;
-  }
 }
 
 }  // namespace
 
 int main(int count, char** arguments) {
-  const std::string mode = count > 1 ? arguments[1] : "lazy";
-  using emulator::Completion;
-  if (mode == "eager") emulator::set_options({Completion::kEager, 0});
-  if (mode.rfind("random:", 0) == 0)
-    emulator::set_options({Completion::kRandom, std::strtoull(mode.c_str() + 7, nullptr, 10)});
-  try {
+  return run_program(count, arguments, [] {
     check<bf16>(DType::kBFloat16, {"full", 2, 200, 400, 64, -1, -1, 3});
     check<f16>(DType::kFloat16, {"causal", 1, 300, 300, 64, -1, 0, 3});
     check<bf16>(DType::kBFloat16, {"window", 1, 200, 700, 64, 150, 20, 2});
@@ -174,9 +130,5 @@ int main(int count, char** arguments) {
       std::printf("%s: not the kernel of sm_90a\n", kernel.c_str());
       ++failures;
     }
-  } catch (const std::exception& error) {
-    std::printf("%s\n", error.what());
-    return 1;
-  }
-  return failures ? 1 : 0;
+  });
 }
