@@ -58,7 +58,7 @@ class DecodeTile {
       const Source<T> kj{k.at(j, 0), k.row, k.col}, vj{v.at(j, 0), v.row, v.col};
       // What is read in place for several queries at once is asked for a block ahead; one query
       // reads so fast that the processor's own prefetching does better.
-      const bool last = j + 2 * kKeys > keys.end;
+      const bool last = kRows == 1 || j + 2 * kKeys > keys.end;
       if (k_direct) {
         score(kj, n, last ? 0 : kKeys * k.row);
       } else {
@@ -121,7 +121,7 @@ class DecodeTile {
     unroll<w>([&](auto x) { sum[x] = zero<A>(); });
     const auto step = [&](auto c, int d) FASTATTN_INLINE_LAMBDA {
       const U* p = key[c] + d * kNumbers;
-      if constexpr (kFetch && kCount > 1) prefetch(p + ahead);
+      if constexpr (kFetch) prefetch(p + ahead);
       const auto y = load_key(p);
       unroll<kCount>([&](auto row) {
         sum[row * kWide + c] =

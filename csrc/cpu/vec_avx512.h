@@ -154,30 +154,11 @@ FASTATTN_INLINE VecF add_exponent_from(VecF at, VecF least, VecF x, VecF rounded
   const __mmask16 kept = _mm512_cmp_ps_mask(at.v, least.v, _CMP_NLT_UQ);
   return {_mm512_castsi512_ps(_mm512_maskz_add_epi32(kept, _mm512_castps_si512(x.v), shift))};
 }
-// 2^x for x < 128, NaN for any NaN, in fewer instructions than exp2_below, but more that compete
-// with FMA for its slots. The bound is far enough down for the result to round to 0.
-// Vectors go in step, so that each waits for its own last result while the others work.
-template <int kCount>
-FASTATTN_INLINE void exp2_scaled(VecF (&x)[kCount]) {
-  __m512 whole[kCount], p[kCount];
-  const auto each = [](auto&& step) FASTATTN_INLINE_LAMBDA {
-    for (int i = 0; i < kCount; ++i) step(i);
-  };
-  each([&](int i)
-           FASTATTN_INLINE_LAMBDA { x[i].v = _mm512_max_ps(_mm512_set1_ps(-200.0f), x[i].v); });
-  each([&](int i) FASTATTN_INLINE_LAMBDA {
-    whole[i] = _mm512_roundscale_ps(x[i].v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  });
-  each([&](int i) FASTATTN_INLINE_LAMBDA { x[i].v = _mm512_sub_ps(x[i].v, whole[i]); });
-  each([&](int i) FASTATTN_INLINE_LAMBDA { p[i] = _mm512_set1_ps(kExp2Poly[5]); });
-  for (int k = 4; k >= 0; --k)
-    each([&](int i) FASTATTN_INLINE_LAMBDA {
-      p[i] = _mm512_fmadd_ps(p[i], x[i].v, _mm512_set1_ps(kExp2Poly[k]));
-    });
-  each([&](int i)
-           FASTATTN_INLINE_LAMBDA { p[i] = _mm512_fmadd_ps(p[i], x[i].v, _mm512_set1_ps(1.0f)); });
-  each([&](int i) FASTATTN_INLINE_LAMBDA { x[i].v = _mm512_scalef_ps(p[i], whole[i]); });
+FASTATTN_INLINE VecF nearest_whole(VecF x) {
+  return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
+// x times 2^n, also where that rounds to 0.
+FASTATTN_INLINE VecF times_power(VecF x, VecF n) { return {_mm512_scalef_ps(x.v, n.v)}; }
 
 }  // namespace
 }  // namespace fastattn
