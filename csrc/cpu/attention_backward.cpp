@@ -138,17 +138,17 @@ class Backward {
     // Where several units add to one head's dq, or to one KV head's dk and dv, each keeps its own
     // part until all are done; else one buffer a thread serves.
     const bool dq_parts = plan_.key_splits > 1, dkv_parts = plan_.group_splits > 1;
-    std::vector<std::unique_ptr<A[]>> dq(dq_parts ? units : plan_.threads);
-    std::vector<std::unique_ptr<A[]>> dkv(dkv_parts ? units : plan_.threads);
+    std::vector<Array<A>> dq(dq_parts ? units : plan_.threads);
+    std::vector<Array<A>> dkv(dkv_parts ? units : plan_.threads);
     const int64_t dq_size = s.q_len * d_cols_;
     parallel_dynamic(units, plan_.threads, [&](int64_t u, int thread) {
       const BackwardPlan::Unit unit = plan_.unit(u);
       auto& my_dq = dq[dq_parts ? u : thread];
       auto& my_dkv = dkv[dkv_parts ? u : thread];
-      if (wanted.dq && !my_dq) my_dq.reset(new A[dq_size]);
+      if (wanted.dq && !my_dq) my_dq = make_array<A>(dq_size);
       const bool several = unit.heads.end - unit.heads.begin > 1;
       if ((dkv_parts || several) && !my_dkv)
-        my_dkv.reset(new A[plan_.max_keys * (d_cols_ + dv_cols_)]);
+        my_dkv = make_array<A>(plan_.max_keys * (d_cols_ + dv_cols_));
       BackwardTile<T> tile(p_, g_, wanted, scratch_of_this_thread());
       for (int64_t h = unit.heads.begin; h < unit.heads.end; ++h) {
         if (wanted.dq) std::fill_n(my_dq.get(), dq_size, A(0));
@@ -219,7 +219,7 @@ class Backward {
     });
   }
 
-  void merge_dq(const std::vector<std::unique_ptr<A[]>>& parts) {
+  void merge_dq(const std::vector<Array<A>>& parts) {
     const AttentionShape& s = p_.shape;
     const int64_t blocks = (s.q_len + kQueryBlock - 1) / kQueryBlock;
     parallel_static(s.batch * s.q_heads * blocks, plan_.threads,
@@ -238,7 +238,7 @@ class Backward {
                     });
   }
 
-  void merge_dkv(const std::vector<std::unique_ptr<A[]>>& parts) {
+  void merge_dkv(const std::vector<Array<A>>& parts) {
     const AttentionShape& s = p_.shape;
     const int64_t width = d_cols_ + dv_cols_;
     const int splits = plan_.group_splits;

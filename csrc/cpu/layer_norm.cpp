@@ -33,10 +33,10 @@ FASTATTN_INLINE auto sums_around(const Acc<T> (&centre)[kRows], const T* const (
 }
 
 // Mean and variance of rows, in one walk through memory, block by block, the blocks joined as Chan
-// et al. (1979) do; of two rows at once, since one alone waits for its own sums more than it adds.
-// Everything is relative to the row's first number, so that a constant row has the variance 0 and
-// its mean exactly. A block's sums are taken around the mean of its first numbers; where that is
-// far from the block's own, which would cost digits of the variance, around that.
+// et al. (1979) do. Everything is relative to the row's first number, so that a constant row has
+// the variance 0 and its mean exactly. A block's sums are taken around the mean of its first
+// numbers; where that is far from the block's own, which would cost digits of the variance, around
+// that.
 template <typename T, int kRows>
 FASTATTN_NOINLINE void moments(const T* const (&x)[kRows], int64_t n, Moments (&out)[kRows]) {
   using A = Acc<T>;
@@ -127,7 +127,7 @@ class Weights {
     values_ = static_cast<const A*>(data);
     if (direct && !kPaired<T>) return;
     if (!direct) {
-      own_ = scratch<A>(n);
+      own_ = make_array<A>(n);
       if (data)
         widen_row(own_.get(), data, dtype, 1, n);
       else
@@ -135,7 +135,7 @@ class Weights {
       values_ = own_.get();
     }
     if (kPaired<T> && data) {
-      std::unique_ptr<A[]> ordered = scratch<A>(n);
+      Array<A> ordered = make_array<A>(n);
       to_order_of<T>(ordered.get(), values_, n);
       own_ = std::move(ordered);
       values_ = own_.get();
@@ -144,7 +144,7 @@ class Weights {
   const A* get() const { return values_; }
 
  private:
-  std::unique_ptr<A[]> own_;
+  Array<A> own_;
   const A* values_;
 };
 
@@ -218,7 +218,8 @@ void forward(const LayerNormParams& p) {
   parallel_static(rows, useful_threads(p.threads, rows * n), [&](int64_t begin, int64_t end, int) {
     int64_t row = begin;
     if (!past_cache)  // a stream of reads and one of writes is what memory likes best
-      for (; row + 2 <= end; row += 2) forward_group<T, 2>(row, p, weight, bias, false);
+      for (; row + kRowsTogether <= end; row += kRowsTogether)
+        forward_group<T, kRowsTogether>(row, p, weight, bias, false);
     for (; row < end; ++row) forward_group<T, 1>(row, p, weight, bias, past_cache);
     stream_fence();
   });
@@ -233,7 +234,10 @@ template <typename A>
 class Partials {
  public:
   explicit Partials(int64_t n)
-      : n_(n), recent_(new A[size_t(2 * n)]()), total_(new double[size_t(2 * n)]()) {}
+      : n_((n + 15) / 16 * 16), recent_(make_array<A>(2 * n_)), total_(make_array<double>(2 * n_)) {
+    std::fill_n(recent_.get(), 2 * n_, A(0));
+    std::fill_n(total_.get(), 2 * n_, 0.0);
+  }
   A* dweight() { return recent_.get(); }
   A* dbias() { return recent_.get() + n_; }
   const double* total_dweight() const { return total_.get(); }
@@ -253,9 +257,9 @@ class Partials {
 
  private:
   static constexpr int kFlush = 16;
-  int64_t n_;
-  std::unique_ptr<A[]> recent_;
-  std::unique_ptr<double[]> total_;
+  int64_t n_;  // rounded up, so that both are aligned
+  Array<A> recent_;
+  Array<double> total_;
   int pending_ = 0;
 };
 
@@ -287,29 +291,29 @@ FASTATTN_NOINLINE void backward_sums(BackwardRow<T>* rows, const Acc<T>* weight,
   for (int64_t begin = 0; begin < n; begin += kRun) {
     Vec<A> sum_g[kRows], sum_gd[kRows], sum_d[kRows];
     for (int r = 0; r < kRows; ++r) sum_g[r] = sum_gd[r] = sum_d[r] = zero<A>();
-    each_vector<T>(std::min(kRun, n - begin),
-                   [&](auto, int64_t i, auto lanes) FASTATTN_INLINE_LAMBDA {
-                     const int64_t j = begin + i;
-                     const Vec<A> w = lanes.load(weight + j);
-                     Vec<A> dw = zero<A>(), db = zero<A>();
+    each_vector<T, kRows == 1 ? kUnroll : 1>(
+        std::min(kRun, n - begin), [&](auto, int64_t i, auto lanes) FASTATTN_INLINE_LAMBDA {
+          const int64_t j = begin + i;
+          const Vec<A> w = lanes.load(weight + j);
+          Vec<A> dw = zero<A>(), db = zero<A>();
 #pragma GCC unroll 4
-                     for (int r = 0; r < kRows; ++r) {
-                       const Vec<A> up = lanes.load(dy[r] + j);
-                       const Vec<A> d = lanes.keep(lanes.load(x[r] + j) - mean[r], A(0));
-                       const Vec<A> g = up * w;
-                       sum_g[r] = sum_g[r] + g;
-                       sum_gd[r] = fma(g, d, sum_gd[r]);
-                       sum_d[r] = sum_d[r] + d;
-                       if (kPartials) {
-                         dw = fma(up, d * rstd[r], dw);
-                         db = db + up;
-                       }
-                     }
-                     if (kPartials) {
-                       lanes.store(dweight + j, lanes.load(dweight + j) + dw);
-                       lanes.store(dbias + j, lanes.load(dbias + j) + db);
-                     }
-                   });
+          for (int r = 0; r < kRows; ++r) {
+            const Vec<A> up = lanes.load(dy[r] + j);
+            const Vec<A> d = lanes.keep(lanes.load(x[r] + j) - mean[r], A(0));
+            const Vec<A> g = up * w;
+            sum_g[r] = sum_g[r] + g;
+            sum_gd[r] = fma(g, d, sum_gd[r]);
+            sum_d[r] = sum_d[r] + d;
+            if (kPartials) {
+              dw = fma(up, d * rstd[r], dw);
+              db = db + up;
+            }
+          }
+          if (kPartials) {
+            lanes.store(dweight + j, lanes.load(dweight + j) + dw);
+            lanes.store(dbias + j, lanes.load(dbias + j) + db);
+          }
+        });
     for (int r = 0; r < kRows; ++r) {
       total_g[r] = total_g[r] + sum_g[r];
       total_gd[r] = total_gd[r] + sum_gd[r];
@@ -332,6 +336,7 @@ class ThroughNorm {
   using A = Acc<T>;
 
  public:
+  ThroughNorm() = default;
   ThroughNorm(const BackwardRow<T>& row, const BackwardRow<T>& next, const LayerNormParams& p)
       : x_(row.x), dy_(row.dy), next_x_(next.x), next_dy_(next.dy) {
     // What rounding took off the mean is the same in every d, and shows where they are small.
@@ -362,7 +367,7 @@ class ThroughNorm {
   }
 
  private:
-  const T *x_, *dy_, *next_x_, *next_dy_;
+  const T *x_ = nullptr, *dy_ = nullptr, *next_x_ = nullptr, *next_dy_ = nullptr;
   Vec<A> mean_, scale_, mean_g_, slope_;
 };
 
@@ -378,11 +383,13 @@ FASTATTN_NOINLINE void backward_rows(const ThroughNorm<T> (&rows)[kRows], T* con
       return dh(j, lanes, lanes.load(weight + j));
     });
   } else {
-    const std::array<ThroughNorm<T>, kRows> dh{rows[0], rows[1]};
-    static_assert(kRows == 2);
+    std::array<ThroughNorm<T>, kRows> dh;
+    std::copy_n(rows, kRows, dh.begin());
     write_rows<kRows>(dx, n, [=](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
       const Vec<A> w = lanes.load(weight + j);
-      return std::array<Vec<A>, kRows>{dh[0](j, lanes, w), dh[1](j, lanes, w)};
+      std::array<Vec<A>, kRows> result;
+      unroll<kRows>([&](auto r) FASTATTN_INLINE_LAMBDA { result[r] = dh[r](j, lanes, w); });
+      return result;
     });
   }
 }
@@ -460,10 +467,14 @@ void backward_group(int64_t first, BackwardRow<T>* rows, const LayerNormParams& 
     return;
   }
   const auto dx = [&](int r) { return static_cast<T*>(grads.dx) + (first + r) * p.width; };
-  if (kRows == 2 && !past_cache) {
-    const ThroughNorm<T> both[] = {through_norm(0), through_norm(1)};
-    T* const out[] = {dx(0), dx(1)};
-    backward_rows<T, 2>(both, out, weight, p.width, false);
+  if (kRows > 1 && !past_cache) {
+    ThroughNorm<T> all[kRows];
+    T* out[kRows];
+    for (int r = 0; r < kRows; ++r) {
+      all[r] = through_norm(r);
+      out[r] = dx(r);
+    }
+    backward_rows<T, kRows>(all, out, weight, p.width, false);
     return;
   }
   for (int r = 0; r < kRows; ++r) {
@@ -509,7 +520,7 @@ void backward(const LayerNormParams& p, const LayerNormGrads& grads) {
   if (!want_partials) return;
 
   // The threads' sums in their order: the same at every run.
-  const std::unique_ptr<double[]> sum = scratch<double>(n), natural = scratch<double>(n);
+  const Array<double> sum = make_array<double>(n), natural = make_array<double>(n);
   const auto reduce = [&](void* out, DType dtype, const double* (Partials<A>::*total)() const) {
     if (!out) return;
     const double* first = (*partials[0].*total)();  // every thread had a row

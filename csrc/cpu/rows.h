@@ -9,6 +9,7 @@
 #include "parallel.h"
 #include "params.h"
 #include "philox.h"
+#include "scratch.h"
 #include "vec.h"
 
 #if defined(__linux__)
@@ -109,6 +110,10 @@ void from_order_of(Number* out, const Number* in, int64_t n) {
   std::copy(in + j, in + n, out + j);
 }
 
+// Rows of the cache that are visited together: what they share is loaded once, and one alone would
+// wait for its own sums more than it adds. As many as there are registers for.
+constexpr int kRowsTogether = Vec<float>::kWidth == 16 ? 4 : 2;
+
 // Independent accumulators hide the latency of additions.
 #if defined(FASTATTN_X86_VECTORS) || defined(__ARM_NEON)
 constexpr int kUnroll = 4;
@@ -117,29 +122,29 @@ constexpr int kUnroll = 1;  // the compiler has its hands full with the portable
 #endif
 
 // Calls body(slot, j, lanes) for each vector of n numbers, in the order of T; `slot` is a
-// compile-time 0 .. kUnroll - 1, for the accumulators.
-template <typename T, typename Body>
+// compile-time 0 .. kSlots - 1, for the accumulators.
+template <typename T, int kSlots = kUnroll, typename Body>
 FASTATTN_INLINE void each_vector(int64_t n, const Body& body) {
   constexpr int64_t w = Vec<Acc<T>>::kWidth;
   const std::integral_constant<int, 0> s0;
-  const std::integral_constant<int, 1 % kUnroll> s1;
-  const std::integral_constant<int, 2 % kUnroll> s2;
-  const std::integral_constant<int, 3 % kUnroll> s3;
+  const std::integral_constant<int, 1 % kSlots> s1;
+  const std::integral_constant<int, 2 % kSlots> s2;
+  const std::integral_constant<int, 3 % kSlots> s3;
   int64_t j = 0;
   if constexpr (kPaired<T>) {
-    for (; j + kUnroll * w <= n; j += kUnroll * w) {
+    if constexpr (kSlots > 1)
+      for (; j + kSlots * w <= n; j += kSlots * w) {
+        body(s0, j, HalfPair<false>{});
+        body(s1, j, HalfPair<true>{});
+        body(s2, j + 2 * w, HalfPair<false>{});
+        body(s3, j + 2 * w, HalfPair<true>{});
+      }
+    for (; j + 2 * w <= n; j += 2 * w) {
       body(s0, j, HalfPair<false>{});
       body(s1, j, HalfPair<true>{});
-      body(s2, j + 2 * w, HalfPair<false>{});
-      body(s3, j + 2 * w, HalfPair<true>{});
     }
-    if (j + 2 * w <= n) {
-      body(s0, j, HalfPair<false>{});
-      body(s1, j, HalfPair<true>{});
-      j += 2 * w;
-    }
-  } else if constexpr (kUnroll > 1) {
-    for (; j + kUnroll * w <= n; j += kUnroll * w) {
+  } else if constexpr (kSlots > 1) {
+    for (; j + kSlots * w <= n; j += kSlots * w) {
       body(s0, j, Whole{});
       body(s1, j + w, Whole{});
       body(s2, j + 2 * w, Whole{});
@@ -175,18 +180,19 @@ template <typename T, int kSums, typename Add>
 FASTATTN_INLINE std::array<Acc<T>, kSums> sum_vectors(int64_t n, const Add& add) {
   using A = Acc<T>;
   constexpr int64_t kRun = kRowRun<A>;
+  constexpr int kSlots = kSums < 8 ? kUnroll : 1;  // eight sums hide the latency by themselves
   Vec<A> total[kSums];
   for (Vec<A>& sum : total) sum = zero<A>();
   for (int64_t begin = 0; begin < n; begin += kRun) {
-    Vec<A> recent[kUnroll][kSums];
+    Vec<A> recent[kSlots][kSums];
     for (auto& sums : recent)
       for (Vec<A>& sum : sums) sum = zero<A>();
-    each_vector<T>(std::min(kRun, n - begin),
-                   [&](auto slot, int64_t j, auto lanes)
-                       FASTATTN_INLINE_LAMBDA { add(recent[slot], begin + j, lanes); });
+    each_vector<T, kSlots>(std::min(kRun, n - begin),
+                           [&](auto slot, int64_t j, auto lanes)
+                               FASTATTN_INLINE_LAMBDA { add(recent[slot], begin + j, lanes); });
     for (int k = 0; k < kSums; ++k) {
       Vec<A> sum = recent[0][k];
-      if constexpr (kUnroll == 4) sum = (sum + recent[1][k]) + (recent[2][k] + recent[3][k]);
+      if constexpr (kSlots == 4) sum = (sum + recent[1][k]) + (recent[2][k] + recent[3][k]);
       total[k] = total[k] + sum;
     }
   }
@@ -273,11 +279,6 @@ FASTATTN_INLINE void write_row(T* out, int64_t n, bool past_cache, const Value& 
 // ---- memory ------------------------------------------------------------------------------------
 
 constexpr int64_t kBlock = 2048;  // numbers that a thread's first-level cache holds beside others
-
-template <typename A>
-std::unique_ptr<A[]> scratch(int64_t n) {
-  return std::unique_ptr<A[]>(new A[size_t(n)]);  // uninitialised
-}
 
 // Outputs from this size on go past the cache: what is read next has been evicted anyway, and a
 // normal store would first read the line it overwrites.

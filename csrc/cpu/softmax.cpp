@@ -24,13 +24,13 @@ template <typename A>
 class MaskRun {
  public:
   explicit MaskRun(const SoftmaxParams& p, int64_t longest) : p_(p) {
-    if (p.mask && !direct()) own_ = scratch<A>(longest);
+    if (p.mask && !direct()) own_ = make_array<A>(longest);
   }
   // n of them from `offset`, `stride` apart.
   const A* at(int64_t offset, int64_t stride, int64_t n) {
     const char* data = static_cast<const char*>(p_.mask.data) + offset * size_of(p_.mask_dtype);
     if (direct() && stride == 1) return reinterpret_cast<const A*>(data);
-    if (!own_) own_ = scratch<A>(kBlock);
+    if (!own_) own_ = make_array<A>(kBlock);
     // A mask that is broadcast over rows is converted once.
     if (data != last_ || n != last_n_) widen_row(own_.get(), data, p_.mask_dtype, stride, n);
     last_ = data;
@@ -42,7 +42,7 @@ class MaskRun {
   bool direct() const { return p_.mask_dtype == dtype_of<A>(); }
 
   const SoftmaxParams& p_;
-  std::unique_ptr<A[]> own_;
+  Array<A> own_;
   const char* last_ = nullptr;
   int64_t last_n_ = -1;
 };
@@ -111,39 +111,53 @@ FASTATTN_NOINLINE A highest(const Block<A>& block, const Scale<A>& scale) {
   return hmax_of(top) * up;
 }
 
-// e = exp(score - base's score), and their sum. Meanwhile fetches the numbers at `next`.
-template <typename Order, typename In, MaskKind kMask, typename A = Acc<In>>
-FASTATTN_NOINLINE A exponentials(A* e, const Block<A>& block, const Scale<A>& scale, A base,
-                                 const void* next) {
-  const In *x = static_cast<const In*>(block.x), *ahead = static_cast<const In*>(next);
+// e = exp(score - base's score), and their sum. Meanwhile, without a mask, reads as many of the
+// numbers at `next`, of which the highest is returned second, and fetches those at `ahead`.
+template <typename Order, typename In, typename Out, MaskKind kMask, typename A = Acc<In>>
+FASTATTN_NOINLINE std::pair<A, A> exponentials(A* e, const Block<A>& block, const Scale<A>& scale,
+                                               A base, const void* next, const void* ahead) {
+  constexpr bool stored_short = sizeof(Out) == 2 && kMask == MaskKind::kNone;
+  const In* x = static_cast<const In*>(block.x);
   const Vec<A> bases = set1(base), scales = set1(scale.scale);
   const Vec<A> exponent = set1(A(double(scale.unit) * kLog2E));
   const auto power = [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
-    prefetch(ahead + j);
     return (read<In, kMask>(x + j, block.mask + j, scales, lanes) - bases) * exponent;
   };
   using Group = Four<Order>;
-  Vec<A> sum[Group::kCount];
+  Vec<A> sum[Group::kCount], top[kUnroll];
   for (Vec<A>& lane : sum) lane = zero<A>();
+  for (Vec<A>& lane : top) lane = set1(-kInfinity<A>);
+  const auto look = [&](auto slot, int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
+    prefetch(static_cast<const In*>(ahead) + j);
+    if constexpr (kMask == MaskKind::kNone) {
+      const Vec<A> r = lanes.load(static_cast<const In*>(next) + j);
+      top[slot] = vmax(top[slot], lanes.keep(r, -kInfinity<A>));
+    }
+  };
   int64_t done = 0;
   for (; done + Group::kNumbers <= block.n; done += Group::kNumbers) {
     Vec<A> v[Group::kCount];
     unroll<Group::kCount>([&](auto i) FASTATTN_INLINE_LAMBDA {
-      v[i] = power(done + Group::template offset<i>, typename Group::template Lanes<i>{});
+      const typename Group::template Lanes<i> lanes;
+      const int64_t j = done + Group::template offset<i>;
+      look(std::integral_constant<int, i % kUnroll>{}, j, lanes);
+      v[i] = power(j, lanes);
     });
-    exp2_or_nan(v);
+    exp2_or_nan<stored_short>(v);
     unroll<Group::kCount>([&](auto i) FASTATTN_INLINE_LAMBDA {
       const typename Group::template Lanes<i> lanes;
       lanes.store(e + done + Group::template offset<i>, v[i]);
       sum[i] = sum[i] + v[i];
     });
   }
-  each_vector<Order>(block.n - done, [&](auto, int64_t i, auto lanes) FASTATTN_INLINE_LAMBDA {
-    const Vec<A> v = exp2_or_nan(power(done + i, lanes));
-    lanes.store(e + done + i, v);
-    sum[0] = sum[0] + lanes.keep(v, A(0));
+  each_vector<Order>(block.n - done, [&](auto slot, int64_t i, auto lanes) FASTATTN_INLINE_LAMBDA {
+    const int64_t j = done + i;
+    look(slot, j, lanes);
+    const Vec<A> v = exp2_or_nan(power(j, lanes));
+    lanes.store(e + j, v);
+    sum[slot] = sum[slot] + lanes.keep(v, A(0));
   });
-  return hsum((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  return {hsum((sum[0] + sum[1]) + (sum[2] + sum[3])), hmax_of(top)};
 }
 
 // y = e factor
@@ -172,7 +186,8 @@ FASTATTN_NOINLINE void write_log(void* out, const Block<A>& block, const Scale<A
 template <typename A>
 struct Visits {
   A (*highest)(const Block<A>&, const Scale<A>&);
-  A (*exponentials)(A*, const Block<A>&, const Scale<A>&, A, const void*);
+  std::pair<A, A> (*exponentials)(A*, const Block<A>&, const Scale<A>&, A, const void*,
+                                  const void*);
   void (*write_scaled)(void*, const A*, A, int64_t, bool);
   void (*write_log)(void*, const Block<A>&, const Scale<A>&, A, A, bool);
   int64_t x_size, y_size;
@@ -185,7 +200,7 @@ Visits<Acc<In>> visits() {
   constexpr bool paired = kPaired<Out> && kMask == MaskKind::kNone && std::is_same_v<In, Out>;
   using Order = std::conditional_t<paired, Out, A>;
   return {highest<Order, In, kMask>,
-          exponentials<Order, In, kMask>,
+          exponentials<Order, In, Out, kMask>,
           write_scaled<Order, Out>,
           write_log<Order, In, Out, kMask>,
           sizeof(In),
@@ -227,13 +242,17 @@ void forward_rows(const SoftmaxParams& p, const Visits<A>& visit) {
   const Scale<A> scale(p);
   if (past_cache) expect_large_write(p.y, bytes);
   parallel_static(rows, useful_threads(p.threads, rows * n), [&](int64_t begin, int64_t end, int) {
-    const std::unique_ptr<A[]> kept = scratch<A>(keep ? n : kBlock);
-    const std::unique_ptr<A[]> tops = scratch<A>(n / kBlock + 1);
+    const Array<A> kept = make_array<A>(keep ? n : kBlock);
+    const Array<A> tops = make_array<A>(n / kBlock + 1);
     MaskRun<A> mask_run(p, kBlock);
+    const auto x_of = [&](int64_t row) {
+      const int64_t existing = std::min(row, end - 1);
+      return static_cast<const char*>(p.x.data) + p.rows.offset(existing, p.x) * visit.x_size;
+    };
+    bool top_is_known = false;
+    A top = 0;
     for (int64_t row = begin; row < end; ++row) {
-      const char* x = static_cast<const char*>(p.x.data) + p.rows.offset(row, p.x) * visit.x_size;
-      const char* next = static_cast<const char*>(p.x.data) +
-                         p.rows.offset(std::min(row + 1, end - 1), p.x) * visit.x_size;
+      const char *x = x_of(row), *next_row = x_of(row + 1), *row_after = x_of(row + 2);
       const int64_t mask_row = p.mask ? p.rows.offset(row, p.mask) : 0;
       char* y = static_cast<char*>(p.y) + row * n * visit.y_size;
       const auto block_at = [&](int64_t first) {
@@ -245,9 +264,25 @@ void forward_rows(const SoftmaxParams& p, const Visits<A>& visit) {
       RowSum<A> sum{scale.unit, scale.unit < 0 ? kInfinity<A> : -kInfinity<A>};
       for (int64_t first = 0; first < n; first += kBlock) {
         const Block<A> block = block_at(first);
-        const A top = tops[first / kBlock] = visit.highest(block, scale);
-        sum.join(top, visit.exponentials(kept.get() + (keep ? first : 0), block, scale,
-                                         sum.base(top), next + first * visit.x_size));
+        if (!top_is_known) top = visit.highest(block, scale);
+        tops[first / kBlock] = top;
+        // Without a mask the next block's top is found meanwhile, if it has as many numbers.
+        const bool in_row = first + block.n < n;
+        const int64_t at = in_row ? first + block.n : 0;
+        const Block<A> next{(in_row ? x : next_row) + at * visit.x_size, nullptr,
+                            std::min(kBlock, n - at)};
+        top_is_known = !p.mask && scale.unit >= 0 && next.n >= block.n;
+        const auto [block_sum, next_top] = visit.exponentials(
+            kept.get() + (keep ? first : 0), block, scale, sum.base(top),
+            top_is_known ? next.x : block.x, (in_row ? next_row : row_after) + at * visit.x_size);
+        sum.join(top, block_sum);
+        if (top_is_known) {
+          top = next_top;
+          if (next.n > block.n) {
+            const char* rest = static_cast<const char*>(next.x) + block.n * visit.x_size;
+            top = std::max(top, visit.highest({rest, nullptr, next.n - block.n}, scale));
+          }
+        }
       }
       const bool masked = p.mask && sum.empty();  // everything
       for (int64_t first = 0; first < n; first += kBlock) {
@@ -264,7 +299,7 @@ void forward_rows(const SoftmaxParams& p, const Visits<A>& visit) {
         if (keep)
           factor *= masked ? 0 : sum.share(tops[first / kBlock], sum.top);
         else
-          visit.exponentials(e, block_at(first), scale, sum.base(sum.top), x);
+          visit.exponentials(e, block_at(first), scale, sum.base(sum.top), x, x);
         visit.write_scaled(out, e, A(factor), m, past_cache);
       }
     }
@@ -404,7 +439,7 @@ void forward_columns(const SoftmaxParams& p, void (*load)(A*, const void*, const
   if (bytes >= kStreamBytes) expect_large_write(p.y, bytes);
   const int threads = useful_threads(p.threads, rows * n * p.inner);
   parallel_static(rows * blocks, threads, [&](int64_t begin, int64_t end, int) {
-    const std::unique_ptr<A[]> kept = scratch<A>(keep ? n * at_once : at_once);
+    const Array<A> kept = make_array<A>(keep ? n * at_once : at_once);
     MaskRun<A> mask_run(p, kMaxColumns);
     A maximum[kMaxColumns], base[kMaxColumns], factor[kMaxColumns];
     ColumnSums<A> sum;

@@ -467,8 +467,8 @@ FASTATTN_INLINE Vec<float> exp2_below(Vec<float> x) {
 FASTATTN_INLINE Vec<float> exp2(Vec<float> x) { return exp2_below(vmin(set1(128.0f), x)); }
 
 // 2^x for x < 128, or NaN, for rows that may hold any NaN: exp2_below keeps those without a
-// payload.
-template <int kCount>
+// payload. kShort as in exp2_of_fraction.
+template <bool kShort, int kCount>
 FASTATTN_INLINE void exp2_or_nan(Vec<float> (&x)[kCount]) {
 #if defined(FASTATTN_X86_VECTORS) && defined(__AVX512F__)
   // Fewer instructions than exp2_below takes, but more that compete with FMA for its slots. The
@@ -477,20 +477,20 @@ FASTATTN_INLINE void exp2_or_nan(Vec<float> (&x)[kCount]) {
   unroll<kCount>([&](auto i) FASTATTN_INLINE_LAMBDA { x[i] = vmax(set1(-200.0f), x[i]); });
   unroll<kCount>([&](auto i) FASTATTN_INLINE_LAMBDA { whole[i] = nearest_whole(x[i]); });
   unroll<kCount>([&](auto i) FASTATTN_INLINE_LAMBDA { x[i] = x[i] - whole[i]; });
-  exp2_of_fraction<false>(x);
+  exp2_of_fraction<kShort>(x);
   unroll<kCount>([&](auto i) FASTATTN_INLINE_LAMBDA { x[i] = times_power(x[i], whole[i]); });
 #else
   for (Vec<float>& v : x) v = select(equal(v, v), exp2_below(v), v);
 #endif
 }
-template <int kCount>
+template <bool kShort, int kCount>
 FASTATTN_INLINE void exp2_or_nan(Vec<double> (&x)[kCount]) {
   for (Vec<double>& v : x) v = select(equal(v, v), exp2_below(v), v);
 }
 template <typename A>
 FASTATTN_INLINE Vec<A> exp2_or_nan(Vec<A> x) {
   Vec<A> one[] = {x};
-  exp2_or_nan(one);
+  exp2_or_nan<false>(one);
   return one[0];
 }
 

@@ -91,9 +91,19 @@ FASTATTN_INLINE VecF load_odd(const bf16* p) {
       _mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(int(0xffff0000))))};
 }
 FASTATTN_INLINE __m512i interleave(VecF even, VecF odd) {
+#if defined(__AVX512BF16__)
+  const __m512bh halves = _mm512_cvtne2ps_pbh(odd.v, even.v);  // all even ones, then all odd ones
+  __m512i bits;
+  std::memcpy(&bits, &halves, sizeof bits);
+  alignas(64) static constexpr uint16_t order[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                     21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                     11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return _mm512_permutexvar_epi16(_mm512_load_si512(order), bits);
+#else
   const __m512i low = _mm512_cvtepu16_epi32(narrow(bf16{}, even));
   const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow(bf16{}, odd)), 16);
   return _mm512_or_si512(low, high);
+#endif
 }
 FASTATTN_INLINE void store_pair(bf16* p, VecF even, VecF odd) {
   _mm512_storeu_si512(p, interleave(even, odd));
