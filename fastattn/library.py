@@ -52,7 +52,7 @@ _SCHEMAS = (
 for _schema in _SCHEMAS:
     _LIBRARY.define(_schema)
 
-_NOT_TENSORS = frozenset((type(None), bool, int, float, list))
+_NOT_TENSORS = frozenset((bool, int, float, list))
 
 # Asked at every call, so by names that are found at once.
 _PARAMETER = torch.nn.Parameter
@@ -66,46 +66,64 @@ _is_batch = torch._C._functorch.is_legacy_batchedtensor
 
 class Op:
     """One op: what it runs, and the ways to call it. ``alone`` are keywords of ``run`` for a call
-    without a backward to come."""
+    without a backward to come, ``unseen`` for one whose results no schema has to fit."""
+
+    function: type[torch.autograd.Function]  # its derivative
+    eager: type[torch.autograd.Function]  # the same for plain calls
 
     def __init__(
-        self, name: str, run: Callable[..., Any], fake: Callable[..., Any], alone: dict[str, Any]
+        self,
+        name: str,
+        run: Callable[..., Any],
+        fake: Callable[..., Any],
+        alone: dict[str, Any],
+        unseen: dict[str, Any],
     ) -> None:
         _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
         _LIBRARY.impl(name, fake, "Meta")  # the fake too; register_fake takes 7 ms of import
         self.name = name
         self.run = run
         self.alone = alone
+        self.unseen = unseen
         self.overload = getattr(torch.ops.fastattn, name).default
         kinds = [str(argument.type) for argument in self.overload._schema.arguments]
         # Arguments up to the last tensor; those after it are numbers and names.
         self.tensors = max(i for i, kind in enumerate(kinds) if "Tensor" in kind) + 1
 
-    def call(self, function: type[torch.autograd.Function], needs_grad: bool, *args: Any) -> Any:
-        """The op, of which ``function`` is the differentiable form, by the shortest way."""
+    def call(self, needs_grad: bool, *args: Any) -> Any:
+        """The op, differentiable, by the shortest way. There may be fewer results than the schema
+        has, at the end: those that only a backward needs."""
         if _is_compiling() or _trace() is not None:
             return self.overload(*args)  # opaque to the compiler, which finds function later
         if _transforms_are_active():
-            return function.apply(*args)
+            return self.function.apply(*args)
         if needs_grad or forward_ad._current_level >= 0:
             # What Function.apply calls in the end; its inspection of signatures takes 100 us.
-            return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+            return super(torch.autograd.Function, self.eager).apply(*args)  # type: ignore[misc]
         if _nobody_looks(args[: self.tensors]):
             return self.run(*args, **self.alone)
         return self._through_dispatcher(*args)
 
-    def below_autograd(self, *args: Any) -> Any:
+    def below_autograd(self, *args: Any, **keywords: Any) -> Any:
         """The op without its derivative, for arguments that autograd has nothing to do with."""
         if _nobody_looks(args[: self.tensors]):
-            return self.run(*args)  # the dispatcher would come to the same, 15 us later
+            return self.run(*args, **keywords)  # the dispatcher would come to the same, 15 us later
         return self._through_dispatcher(*args)
 
     def _through_dispatcher(self, *args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload(*args)
 
-    def differentiable_as(self, function: type[torch.autograd.Function]) -> None:
-        """Makes calls of the op itself, ``torch.ops.fastattn.*``, differentiable."""
+    def differentiable_as(self, function: type[Any]) -> None:
+        """Makes ``call`` differentiable, and calls of the op itself, ``torch.ops.fastattn.*``.
+
+        Whoever forms ``function``, an autograd.Function that works under ``torch.func`` too, may
+        give it ``keep(ctx, inputs, output)``, the part of ``setup_context`` that knows nothing of
+        what is an output, and ``shown``, how many results are outputs if no transform is active.
+        """
+        self.function = self.eager = function
+        if hasattr(function, "keep"):
+            self.eager = _eager(self, function)
 
         def run(*args: Any) -> Any:
             with_tangent = forward_ad._current_level >= 0
@@ -114,6 +132,23 @@ class Op:
             return self._through_dispatcher(*args)
 
         _LIBRARY.impl(self.name, run, "Autograd")
+
+
+def _eager(op: Op, function: type[Any]) -> type[torch.autograd.Function]:
+    """``function``, the derivative of ``op``, in autograd's older form, which costs less a call: a
+    result that is kept for the backward and is nobody's output needs no wrapping."""
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = op.below_autograd(*args, **op.unseen)
+            function.keep(ctx, args, output)
+            return output[: function.shown] if isinstance(output, tuple) else output
+
+        backward = staticmethod(function.backward)
+
+    Eager.__name__ = Eager.__qualname__ = function.__name__
+    return Eager
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
@@ -130,6 +165,8 @@ def _nobody_looks(args: tuple[Any, ...]) -> bool:
     if _dispatch_modes() or _transforms_are_active() or _trace() is not None or _profiler_is_on():
         return False
     for x in args:  # a loop: this runs at every call
+        if x is None:
+            continue
         kind = type(x)
         if kind is Tensor or kind is _PARAMETER:
             # Whose numbers are not those at its address: no memory, the negative of it, zeros
@@ -141,9 +178,13 @@ def _nobody_looks(args: tuple[Any, ...]) -> bool:
     return True
 
 
-def _op(fake: Callable[..., Any], **alone: Any) -> Callable[[Callable[..., Any]], Op]:
+def _op(
+    fake: Callable[..., Any],
+    alone: dict[str, Any] | None = None,
+    unseen: dict[str, Any] | None = None,
+) -> Callable[[Callable[..., Any]], Op]:
     """Makes the op of the same name of the decorated function, with ``fake`` for its shapes."""
-    return lambda run: Op(run.__name__, run, fake, alone)
+    return lambda run: Op(run.__name__, run, fake, alone or {}, unseen or {})
 
 
 def _with_stand_ins(grads: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, ...]:
@@ -213,7 +254,7 @@ def _attention_forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tupl
     return empty_output(q, v.shape[3]), lse, torch.empty_like(lse)
 
 
-@_op(_attention_forward_fake, for_backward=False)
+@_op(_attention_forward_fake, alone={"for_backward": False})
 def attention_forward(*args: Any, for_backward: bool = True) -> tuple[Tensor, Tensor, Any]:
     call = attention_call(*args[:-1], for_backward)
     out, lse, lse_low = BACKENDS[args[-1]].attention_forward(call)
@@ -240,7 +281,7 @@ def _attention_backward_fake(
     )
 
 
-@_op(_attention_backward_fake, stand_ins=False)
+@_op(_attention_backward_fake, alone={"stand_ins": False})
 def attention_backward(
     dout: Tensor,
     dlse: Tensor | None,
@@ -289,14 +330,16 @@ def _row_count(x: Tensor, width: int) -> int:
     return x.numel() // width if width else 0
 
 
-@_op(_layer_norm_forward_fake, for_backward=False)
-def layer_norm_forward(*args: Any, for_backward: bool = True) -> tuple[Any, ...]:
+@_op(_layer_norm_forward_fake, alone={"for_backward": False}, unseen={"stand_ins": False})
+def layer_norm_forward(
+    *args: Any, for_backward: bool = True, stand_ins: bool = True
+) -> tuple[Any, ...]:
     call = LayerNormCall(*(*args[:-1], for_backward))
     results = BACKENDS[args[-1]].layer_norm_forward(call)
     if not for_backward:
         return results
     y, new_residual, mean, rstd = results
-    if new_residual is None:
+    if new_residual is None and stand_ins:
         new_residual = y.new_empty(0)
     if mean is None and rstd is not None:
         mean = rstd.new_empty(0)
@@ -321,7 +364,7 @@ def _layer_norm_backward_fake(
     )
 
 
-@_op(_layer_norm_backward_fake, stand_ins=False)
+@_op(_layer_norm_backward_fake, alone={"stand_ins": False})
 def layer_norm_backward(
     dy: Tensor,
     dnew_residual: Tensor | None,

@@ -174,20 +174,14 @@ def _check_qkv(q: Any, k: Any, v: Any, names: Names) -> tuple[int, int, int, int
     check_tensor(k_name, k)
     check_tensor(v_name, v)
     dtype, device = q.dtype, q.device
-    for name, x in ((q_name, q), (k_name, k), (v_name, v)):
-        if x.dim() != 4:
-            raise ValueError(
-                f"{name}: expected 4 dimensions (batch, heads, sequence, head_dim), "
-                f"got shape {tuple(x.shape)}"
-            )
-        if x.dtype is not dtype:
-            raise TypeError(f"{name}: expected {q_name}'s dtype {dtype}, got {x.dtype}")
-        if x.device != device:
-            raise ValueError(f"{name}: expected {q_name}'s device {device}, got {x.device}")
+    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    alike = k.dtype is dtype and v.dtype is dtype and k.device == device and v.device == device
+    if not alike or not len(q_shape) == len(k_shape) == len(v_shape) == 4:
+        _refuse_unlike(names, q, k, v)
     check_dtype(q_name, q)
-    batch, heads, q_len, head_dim = q.shape
-    k_batch, kv_heads, k_len, k_head_dim = k.shape
-    v_batch, v_heads, v_len, _ = v.shape
+    batch, heads, q_len, head_dim = q_shape
+    k_batch, kv_heads, k_len, k_head_dim = k_shape
+    v_batch, v_heads, v_len, _ = v_shape
     if head_dim == 0:
         raise ValueError(f"{q_name}: expected a head dim of at least 1, got {tuple(q.shape)}")
     if k_batch != batch:
@@ -206,6 +200,20 @@ def _check_qkv(q: Any, k: Any, v: Any, names: Names) -> tuple[int, int, int, int
             f"got {heads}"
         )
     return batch, heads, q_len, k_len, head_dim
+
+
+def _refuse_unlike(names: Names, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raises for the first of them that has not four dimensions, q's dtype and q's device."""
+    for name, x in zip(names[:3], (q, k, v), strict=True):
+        if x.dim() != 4:
+            raise ValueError(
+                f"{name}: expected 4 dimensions (batch, heads, sequence, head_dim), "
+                f"got shape {tuple(x.shape)}"
+            )
+        if x.dtype is not q.dtype:
+            raise TypeError(f"{name}: expected {names.q}'s dtype {q.dtype}, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name}: expected {names.q}'s device {q.device}, got {x.device}")
 
 
 def _check_bias(name: str, bias: Any, q: Tensor, full: tuple[int, ...]) -> None:

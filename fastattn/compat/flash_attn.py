@@ -168,7 +168,7 @@ def _with_probabilities(
     request = ops._request(q, k, v, None, slopes, None, spec, deterministic, needs_grad)
     chosen = dispatch.select(None, request).name
     arguments = (*ops.op_arguments(q, k, v, None, slopes, None, spec), chosen)
-    out, lse, _ = library.attention_forward.call(ops.AttentionFunction, needs_grad, *arguments)
+    out, lse, *_ = library.attention_forward.call(needs_grad, *arguments)
     with torch.no_grad():
         plain = (x.detach() if isinstance(x, Tensor) else x for x in arguments[:-1])
         call = library.attention_call(*plain)

@@ -213,7 +213,7 @@ def _attention(
     request = _request(q, k, v, bias, alibi_slopes, sinks, spec, deterministic, needs_grad)
     chosen = dispatch.select(backend, request).name
     arguments = (*op_arguments(q, k, v, bias, alibi_slopes, sinks, spec), chosen)
-    out, lse, _ = library.attention_forward.call(AttentionFunction, needs_grad, *arguments)
+    out, lse, *_ = library.attention_forward.call(needs_grad, *arguments)
     return out, lse
 
 
@@ -252,22 +252,27 @@ class AttentionFunction(torch.autograd.Function):
     def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         return library.attention_forward.below_autograd(*arguments)
 
+    shown = 2
+
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.save_for_backward(*inputs[:7], *output)
-        ctx.mark_non_differentiable(output[2])
         ctx.scalars = inputs[7:]
         ctx.set_materialize_grads(False)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        AttentionFunction.keep(ctx, inputs, output)
+        ctx.mark_non_differentiable(output[2])
+
+    @staticmethod
     def backward(
-        ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None
+        ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
         *inputs, out, lse, lse_low = ctx.saved_tensors
         wanted = ctx.needs_input_grad
         needs = [wanted[0], wanted[1], wanted[2], wanted[3], wanted[5]]
         grads = library.attention_backward.call(
-            AttentionBackwardFunction,
             torch.is_grad_enabled(),  # create_graph
             torch.zeros_like(out) if dout is None else dout,
             dlse,
@@ -306,7 +311,7 @@ def _composite_backward(
 
 
 library.attention_forward.differentiable_as(AttentionFunction)
-AttentionBackwardFunction = library.double_backward(library.attention_backward, _composite_backward)
+library.double_backward(library.attention_backward, _composite_backward)
 
 
 # ------------------------------------------------------------------------------------- the details

@@ -150,7 +150,7 @@ def _layer_norm(
     seed = torch.randint(2**63 - 1, (), device=x.device) if dropout_p > 0.0 else None
 
     arguments = (x, residual, weight, bias, seed, width, eps, rms, dropout_p, chosen)
-    y, new_residual, *_ = library.layer_norm_forward.call(LayerNormFunction, needs_grad, *arguments)
+    y, new_residual, *_ = library.layer_norm_forward.call(needs_grad, *arguments)
     return y, new_residual
 
 
@@ -163,15 +163,21 @@ class LayerNormFunction(torch.autograd.Function):
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
         return library.layer_norm_forward.below_autograd(*arguments)
 
+    shown = 2
+
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, residual, weight, bias, seed, *ctx.scalars = inputs
         _, new_residual, mean, rstd = output
         ctx.has_residual = residual is not None
         source = new_residual if ctx.has_residual else x
         ctx.save_for_backward(source, mean, rstd, weight, bias, seed)
-        ctx.mark_non_differentiable(mean, rstd)
         ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        LayerNormFunction.keep(ctx, inputs, output)
+        ctx.mark_non_differentiable(*output[2:])
 
     @staticmethod
     def backward(
@@ -180,7 +186,6 @@ class LayerNormFunction(torch.autograd.Function):
         source, mean, rstd, weight, bias, seed = ctx.saved_tensors
         need_x, need_residual, need_weight, need_bias, *_ = ctx.needs_input_grad
         grads = library.layer_norm_backward.call(
-            LayerNormBackwardFunction,
             torch.is_grad_enabled(),  # create_graph
             torch.zeros_like(source) if dy is None else dy,
             dnew_residual if ctx.has_residual else None,
@@ -224,9 +229,7 @@ def _composite_backward(
 
 
 library.layer_norm_forward.differentiable_as(LayerNormFunction)
-LayerNormBackwardFunction = library.double_backward(
-    library.layer_norm_backward, _composite_backward
-)
+library.double_backward(library.layer_norm_backward, _composite_backward)
 
 
 # ------------------------------------------------------------------------------------- the details

@@ -108,7 +108,7 @@ def _run(
     request = Request("softmax", x.device, x.dtype, (x.shape,), flags, needs_grad)
     chosen = dispatch.select(backend, request).name
     arguments = (x, dim, mask, scale, log, dtype, chosen)
-    return library.softmax_forward.call(SoftmaxFunction, needs_grad, *arguments)
+    return library.softmax_forward.call(needs_grad, *arguments)
 
 
 class SoftmaxFunction(torch.autograd.Function):
@@ -121,15 +121,16 @@ class SoftmaxFunction(torch.autograd.Function):
         return library.softmax_forward.below_autograd(*arguments)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, dim, _, scale, log, _, backend = inputs
         ctx.save_for_backward(output)
         ctx.scalars = (dim, scale, log, x.dtype, backend)
 
+    setup_context = keep
+
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dx = library.softmax_backward.call(
-            SoftmaxBackwardFunction,
             torch.is_grad_enabled(),  # create_graph
             *ctx.saved_tensors,
             dy,
@@ -139,7 +140,7 @@ class SoftmaxFunction(torch.autograd.Function):
 
 
 library.softmax_forward.differentiable_as(SoftmaxFunction)
-SoftmaxBackwardFunction = library.double_backward(
+library.double_backward(
     library.softmax_backward, lambda *args: (reference.softmax_backward(*args[:-1]),)
 )
 
