@@ -56,11 +56,12 @@ class DecodeTile {
     for (int64_t j = keys.begin; j < keys.end; j += kKeys) {
       const int n = int(std::min<int64_t>(kKeys, keys.end - j));
       const Source<T> kj{k.at(j, 0), k.row, k.col}, vj{v.at(j, 0), v.row, v.col};
-      // What is read in place for several queries at once is asked for a block ahead; one query
+      // What is read in place for several queries at once is asked for two blocks ahead; one query
       // reads so fast that the processor's own prefetching does better.
-      const bool last = kRows == 1 || j + 2 * kKeys > keys.end;
+      constexpr int kAhead = 2 * kKeys;
+      const bool last = kRows == 1 || j + kAhead + kKeys > keys.end;
       if (k_direct) {
-        score(kj, n, last ? 0 : kKeys * k.row);
+        score(kj, n, last ? 0 : kAhead * k.row);
       } else {
         pack<Compute>(k_, d_elems_, kj, n, int(s.head_dim));
         score(Source<Elem>{k_, d_elems_, 1}, n, 0);
@@ -70,7 +71,7 @@ class DecodeTile {
       softmax_.block(scores_, scores_, kKeys, 0, rows_, j, n, int(round_up(n, w)), spoils,
                      QueriesOfGroup<A>{mods.data(), s.q_len});
       if (v_direct && !spoils) {
-        accumulate(vj, n, last ? 0 : kKeys * v.row);
+        accumulate(vj, n, last ? 0 : kAhead * v.row);
       } else {
         pack<Fma<A>>(v_, v_cols_, vj, n, int(s.v_dim));
         if (spoils)

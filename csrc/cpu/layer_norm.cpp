@@ -183,15 +183,16 @@ void forward_group(int64_t first, const LayerNormParams& p, const Acc<T>* weight
     scale[r] = set1(A(rstd));
     rest[r] = set1(A((double(A(mean)) - mean) * rstd));
   }
-  const int64_t following = std::min(first + kRows, p.rows.count() - 1);
-  const T* next = static_cast<const T*>(p.x.data) + p.rows.offset(following, p.x);
+  const int64_t later = std::min(first + kRows - 1 + kRowsAhead, p.rows.count() - 1);
+  const T* ahead = static_cast<const T*>(p.x.data) + p.rows.offset(later, p.x);
+  const bool fetch = n * int64_t(sizeof(T)) <= 16384;  // a longer one is read fastest as it comes
   const auto x_hat = [=](int r, int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
     return fma(lanes.load(x[r] + j) - centre[r], scale[r], rest[r]);
   };
   if constexpr (kRows == 1)
     return write_row<T>(y[0], n, past_cache, [=](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
-      // Memory is read while it is written; 16-bit rows keep it as busy without.
-      if constexpr (sizeof(T) >= 4) prefetch(next + j);
+      // Memory is read while it is written.
+      if (fetch) prefetch(ahead + j);
       return fma(x_hat(0, j, lanes), lanes.load(weight + j), lanes.load(bias + j));
     });
   else
@@ -337,8 +338,8 @@ class ThroughNorm {
 
  public:
   ThroughNorm() = default;
-  ThroughNorm(const BackwardRow<T>& row, const BackwardRow<T>& next, const LayerNormParams& p)
-      : x_(row.x), dy_(row.dy), next_x_(next.x), next_dy_(next.dy) {
+  ThroughNorm(const BackwardRow<T>& row, const BackwardRow<T>& ahead, const LayerNormParams& p)
+      : x_(row.x), dy_(row.dy), ahead_x_(ahead.x), ahead_dy_(ahead.dy) {
     // What rounding took off the mean is the same in every d, and shows where they are small.
     const double n = double(p.width), rest = p.rms ? 0.0 : row.sum_d / n;
     const double sum_gd = row.sum_gd - rest * row.sum_g;
@@ -360,14 +361,14 @@ class ThroughNorm {
     const Vec<A> g = lanes.load(dy_ + j) * weight, d = lanes.load(x_ + j) - mean_;
     return fma(d, slope_, (g - mean_g_) * scale_);
   }
-  // Fetches the same numbers of the row that will take this one's place in the cache.
-  FASTATTN_INLINE void fetch_next(int64_t j) const {
-    prefetch(next_x_ + j);
-    prefetch(next_dy_ + j);
+  // Fetches the same numbers of the row that is read some rows later.
+  FASTATTN_INLINE void fetch_ahead(int64_t j) const {
+    prefetch(ahead_x_ + j);
+    prefetch(ahead_dy_ + j);
   }
 
  private:
-  const T *x_ = nullptr, *dy_ = nullptr, *next_x_ = nullptr, *next_dy_ = nullptr;
+  const T *x_ = nullptr, *dy_ = nullptr, *ahead_x_ = nullptr, *ahead_dy_ = nullptr;
   Vec<A> mean_, scale_, mean_g_, slope_;
 };
 
@@ -379,7 +380,7 @@ FASTATTN_NOINLINE void backward_rows(const ThroughNorm<T> (&rows)[kRows], T* con
   if constexpr (kRows == 1) {
     const ThroughNorm<T> dh = rows[0];
     write_row<T>(dx[0], n, past_cache, [=](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
-      dh.fetch_next(j);
+      dh.fetch_ahead(j);
       return dh(j, lanes, lanes.load(weight + j));
     });
   } else {
@@ -411,7 +412,7 @@ FASTATTN_NOINLINE void backward_row(const ThroughNorm<T>& through_norm, const La
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t m = std::min(kBlock, n - begin);
     each_vector<T>(m, [&](auto, int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
-      through_norm.fetch_next(begin + j);
+      through_norm.fetch_ahead(begin + j);
       const Vec<A> v = through_norm(begin + j, lanes, lanes.load(weight + begin + j));
       lanes.store(dh + j, dnew ? v + lanes.load(dnew + begin + j) : v);
     });
@@ -458,8 +459,8 @@ void backward_group(int64_t first, BackwardRow<T>* rows, const LayerNormParams& 
   }
   if (!grads.dx && !grads.dresidual) return;
   const auto through_norm = [&](int r) {
-    const int64_t following = first + r + kRows;  // takes this one's place in the cache
-    return ThroughNorm<T>(rows[r], following < p.rows.count() ? locate(following) : rows[r], p);
+    const int64_t later = first + r + kRows + kRowsAhead;  // the first pass will have read kRows
+    return ThroughNorm<T>(rows[r], later < p.rows.count() ? locate(later) : rows[r], p);
   };
   if (grads.dnew_residual || grads.dresidual || p.dropout.p > 0) {
     for (int r = 0; r < kRows; ++r)

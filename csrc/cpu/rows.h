@@ -114,6 +114,9 @@ void from_order_of(Number* out, const Number* in, int64_t n) {
 // wait for its own sums more than it adds. As many as there are registers for.
 constexpr int kRowsTogether = Vec<float>::kWidth == 16 ? 4 : 2;
 
+// How many rows before it is read a row is fetched.
+constexpr int kRowsAhead = 2;
+
 // Independent accumulators hide the latency of additions.
 #if defined(FASTATTN_X86_VECTORS) || defined(__ARM_NEON)
 constexpr int kUnroll = 4;

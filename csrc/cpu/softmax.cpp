@@ -252,7 +252,7 @@ void forward_rows(const SoftmaxParams& p, const Visits<A>& visit) {
     bool top_is_known = false;
     A top = 0;
     for (int64_t row = begin; row < end; ++row) {
-      const char *x = x_of(row), *next_row = x_of(row + 1), *row_after = x_of(row + 2);
+      const char *x = x_of(row), *next_row = x_of(row + 1), *row_ahead = x_of(row + 1 + kRowsAhead);
       const int64_t mask_row = p.mask ? p.rows.offset(row, p.mask) : 0;
       char* y = static_cast<char*>(p.y) + row * n * visit.y_size;
       const auto block_at = [&](int64_t first) {
@@ -274,7 +274,7 @@ void forward_rows(const SoftmaxParams& p, const Visits<A>& visit) {
         top_is_known = !p.mask && scale.unit >= 0 && next.n >= block.n;
         const auto [block_sum, next_top] = visit.exponentials(
             kept.get() + (keep ? first : 0), block, scale, sum.base(top),
-            top_is_known ? next.x : block.x, (in_row ? next_row : row_after) + at * visit.x_size);
+            top_is_known ? next.x : block.x, (in_row ? next_row : row_ahead) + at * visit.x_size);
         sum.join(top, block_sum);
         if (top_is_known) {
           top = next_top;
@@ -320,9 +320,9 @@ void backward_rows(const SoftmaxGrads& p) {
     for (int64_t row = begin; row < end; ++row) {
       const T* y = static_cast<const T*>(p.y.data) + p.rows.offset(row, p.y);
       const T* dy = static_cast<const T*>(p.dy.data) + p.rows.offset(row, p.dy);
-      const int64_t following = row + 1 < end ? row + 1 : row;
-      const T* next_y = static_cast<const T*>(p.y.data) + p.rows.offset(following, p.y);
-      const T* next_dy = static_cast<const T*>(p.dy.data) + p.rows.offset(following, p.dy);
+      const int64_t later = std::min(row + kRowsAhead, end - 1);
+      const T* ahead_y = static_cast<const T*>(p.y.data) + p.rows.offset(later, p.y);
+      const T* ahead_dy = static_cast<const T*>(p.dy.data) + p.rows.offset(later, p.dy);
       double total = 0;
       for (int64_t first = 0; first < n; first += kBlock) {
         const auto [sum] = sum_vectors<Order, 1>(
@@ -339,8 +339,10 @@ void backward_rows(const SoftmaxGrads& p) {
       const Vec<A> dot = set1(A(total));
       write_row<Order>(static_cast<Dx*>(p.dx) + row * n, n, past_cache,
                        [&](int64_t j, auto lanes) FASTATTN_INLINE_LAMBDA {
-                         prefetch(next_y + j);
-                         prefetch(next_dy + j);
+                         if (past_cache) {
+                           prefetch(ahead_y + j);
+                           prefetch(ahead_dy + j);
+                         }
                          const Vec<A> v = lanes.load(y + j), up = lanes.load(dy + j);
                          if constexpr (!kLog) return v * (up - dot) * scale;
                          const Vec<A> d = scale * (up - accurate_exp_of(v) * dot);
