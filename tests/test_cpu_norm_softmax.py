@@ -10,7 +10,7 @@ import fastattn
 from fastattn import reference
 from fastattn.backends import BACKENDS
 from fastattn.backends.base import LayerNormCall, SoftmaxCall
-from fastattn.testing import assert_error_law
+from fastattn.testing import Comparison, assert_error_law, assert_laws, over_draws
 
 CPU = BACKENDS["cpu"]
 pytestmark = pytest.mark.skipif(CPU.unavailable() is not None, reason=str(CPU.unavailable()))
@@ -111,23 +111,26 @@ def check_layer_norm(call, dy, dnew_residual=None):
         check(*each)
 
 
-def check_softmax(call, dy=None):
+def compare_softmax(call, dy=None):
     fields = ("x", "dim", "mask", "scale", "log", "dtype")
-    naive, true = naive_of(call), cast(call, torch.float64)
+    calls = (naive_of(call), cast(call, torch.float64))
     y = CPU.softmax_forward(call)
-    close, right = (
-        reference.softmax(*(getattr(c, name) for name in fields)) for c in (naive, true)
-    )
-    check("y", y, close, right)
+    assert y.is_contiguous()
+    results = [{"y": y}]
+    results += [{"y": reference.softmax(*(getattr(c, name) for name in fields))} for c in calls]
     if dy is None:
-        return
+        return Comparison(*results)
 
-    def expected(call):
-        rest = (call.dim, call.scale, call.log, call.x.dtype)
-        return reference.softmax_backward(y.to(call.dtype), dy.to(call.dtype), *rest)
+    results[0]["dx"] = CPU.softmax_backward(y, dy, call.dim, call.scale, call.log, call.x.dtype)
+    assert results[0]["dx"].is_contiguous()
+    for each, c in zip(results[1:], calls, strict=True):
+        rest = (c.dim, c.scale, c.log, c.x.dtype)
+        each["dx"] = reference.softmax_backward(y.to(c.dtype), dy.to(c.dtype), *rest)
+    return Comparison(*results)
 
-    dx = CPU.softmax_backward(y, dy, call.dim, call.scale, call.log, call.x.dtype)
-    check("dx", dx, expected(naive), expected(true))
+
+def check_softmax(call, dy=None):
+    assert_laws(*compare_softmax(call, dy))
 
 
 # ------------------------------------------------------------------------------------- layer norm
@@ -280,15 +283,24 @@ def test_nothing_to_do():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_softmax_of_any_width(width, dtype, log):
-    x, dy = random(5, width, dtype=dtype, scale=3), random(5, width, dtype=dtype, seed=1)
-    check_softmax(softmax_call(x, log=log, scale=-0.7), dy)
-    check_softmax(softmax_call(x.t(), 0, log=log), dy.t())
-    columns = x.t().contiguous()
-    check_softmax(softmax_call(columns, 0, log=log), dy.t())
+    def hold(layout, dim, dtype_out=dtype, scale=1.0):
+        def draw(n):
+            x = layout(random(5, width, dtype=dtype, scale=3, seed=2 * n))
+            dy = random(5, width, dtype=dtype, seed=2 * n + 1).to(dtype_out)
+            call = softmax_call(x, dim, scale=scale, log=log, dtype=dtype_out)
+            return compare_softmax(call, dy if dim else dy.t())
+
+        over_draws(draw)
+
+    def columns(x):
+        return x.t().contiguous()
+
+    hold(torch.Tensor.contiguous, 1, scale=-0.7)
+    hold(torch.Tensor.t, 0)
+    hold(columns, 0)
     if dtype in HALVES:
-        dy = dy.float()
-        check_softmax(softmax_call(x, log=log, dtype=torch.float32), dy)
-        check_softmax(softmax_call(columns, 0, log=log, dtype=torch.float32), dy.t())
+        hold(torch.Tensor.contiguous, 1, torch.float32)
+        hold(columns, 0, torch.float32)
 
 
 @pytest.mark.parametrize("log", [False, True], ids=["softmax", "log"])

@@ -18,7 +18,7 @@ class DecodeTile {
   static constexpr int w = V::kWidth;
   static constexpr int kKeys = 32;  // keys between two visits to the online softmax
   static constexpr int kChunk = w * Compute::kDepth;          // numbers of a key in one vector
-  static constexpr int kRows = w >= 16 ? 4 : w >= 8 ? 2 : 1;  // queries that share a load
+  static constexpr int kRows = w >= 16 ? 4 : w >= 4 ? 2 : 1;  // queries that share a load
 
  public:
   DecodeTile(const AttentionParams& p, Scratch& scratch)
@@ -57,9 +57,10 @@ class DecodeTile {
       const int n = int(std::min<int64_t>(kKeys, keys.end - j));
       const Source<T> kj{k.at(j, 0), k.row, k.col}, vj{v.at(j, 0), v.row, v.col};
       // What is read in place for several queries at once is asked for two blocks ahead; one query
-      // reads so fast that the processor's own prefetching does better.
+      // reads so fast that the processor's own prefetching does better, and short vectors would
+      // ask for every cache line several times.
       constexpr int kAhead = 2 * kKeys;
-      const bool last = kRows == 1 || j + kAhead + kKeys > keys.end;
+      const bool last = w < 8 || j + kAhead + kKeys > keys.end;
       if (k_direct) {
         score(kj, n, last ? 0 : kAhead * k.row);
       } else {
@@ -129,7 +130,9 @@ class DecodeTile {
             Compute::step(Compute::load_b(q + row * d_elems_ + d), y, sum[row * kWide + c]);
       });
     };
-    if constexpr (kCount == 1)  // key after key, as they lie in memory
+    // Key after key, as they lie in memory; short vectors, of which more are summed, side by side:
+    // they would wait for each other.
+    if constexpr (kCount == 1 && w >= 8)
       unroll<kWide>([&](auto c) {
         for (int d = 0; d < d_elems_; d += w) step(c, d);
       });
@@ -159,7 +162,7 @@ class DecodeTile {
   template <typename U>
   void accumulate(Source<U> v, int n, int64_t ahead) {
     for (int c = 0; c < v_cols_;) {
-      int r = 0, wide = v_cols_ - c >= 8 * w && rows_ < kRows ? 8 : 4;
+      int r = 0, wide = w >= 8 && v_cols_ - c >= 8 * w && rows_ < kRows ? 8 : 4;
       if constexpr (kRows > 1)
         for (; r + kRows <= rows_; r += kRows)
           r == 0 && ahead ? accumulate_rows<kRows, 4, true>(v, n, r, c, ahead)

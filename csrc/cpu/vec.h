@@ -24,6 +24,7 @@
 #include <emmintrin.h>
 #elif defined(__ARM_NEON) && defined(__aarch64__)
 #include <arm_neon.h>
+#define FASTATTN_NEON 1
 #endif
 #if defined(_MSC_VER)
 #define FASTATTN_INLINE __forceinline
@@ -80,6 +81,10 @@ FASTATTN_INLINE float to_acc(bf16 x) { return bits_to_float(uint32_t(x.bits) << 
 FASTATTN_INLINE float to_acc(f16 x) {
 #if defined(FASTATTN_X86_VECTORS)
   return _cvtsh_ss(x.bits);
+#elif defined(FASTATTN_NEON)
+  __fp16 half;
+  std::memcpy(&half, &x.bits, 2);
+  return half;
 #else
   const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7fff;
   if (magnitude >= 0x7c00) return bits_to_float(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
@@ -102,6 +107,11 @@ template <>
 FASTATTN_INLINE f16 from_acc<f16>(float x) {
 #if defined(FASTATTN_X86_VECTORS)
   return {uint16_t(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT))};
+#elif defined(FASTATTN_NEON)
+  const __fp16 half = __fp16(x);
+  f16 r;
+  std::memcpy(&r.bits, &half, 2);
+  return r;
 #else
   const uint32_t bits = float_to_bits(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
   if (magnitude > 0x7f800000) return {uint16_t(sign | 0x7e00)};
@@ -118,7 +128,7 @@ FASTATTN_INLINE f16 from_acc<f16>(float x) {
 // alone there, and compilers join the lanes of several. Elsewhere the compiler's own vector, if it
 // has one, whose operators take all lanes at once: faster than what compilers make of arrays, and
 // compiled in half the time.
-#if defined(__GNUC__) && !defined(FASTATTN_X86_VECTORS) && !defined(__aarch64__)
+#if defined(__GNUC__) && !defined(FASTATTN_X86_VECTORS)
 #define FASTATTN_LANES
 #define FASTATTN_EACH
 template <typename A>
@@ -288,7 +298,7 @@ constexpr float kExp2Poly[6] = {0.6931472f,   0.24022648f,   0.055503324f,
 constexpr float kExp2ShortPoly[5] = {0.693147f, 0.240222424f, 0.0555073358f, 0.00967151299f,
                                      0.00132647273f};
 
-#if !defined(FASTATTN_X86_VECTORS) && !(defined(__ARM_NEON) && defined(__aarch64__))
+#if !defined(FASTATTN_X86_VECTORS) && !defined(FASTATTN_NEON)
 // x times 2^n, where the low bits of `rounded` are n.
 FASTATTN_INLINE Vec<float> add_exponent(Vec<float> x, Vec<float> rounded) {
   for (int i = 0; i < Vec<float>::kWidth; ++i)
@@ -304,7 +314,7 @@ FASTATTN_INLINE Vec<float> add_exponent(Vec<float> x, Vec<float> rounded) {
 #include "vec_avx512.h"
 #elif defined(FASTATTN_X86_VECTORS)
 #include "vec_avx2.h"
-#elif defined(__ARM_NEON) && defined(__aarch64__)
+#elif defined(FASTATTN_NEON)
 #include "vec_neon.h"
 #endif
 
@@ -333,6 +343,9 @@ struct Vec64 {
 #elif defined(FASTATTN_X86_VECTORS)
   static constexpr int kWidth = 4;
   __m256i v;
+#elif defined(FASTATTN_NEON)
+  static constexpr int kWidth = 4;
+  uint64x2_t v[2];
 #else
   static constexpr int kWidth = 4;
   uint64_t lane[4];
@@ -372,6 +385,32 @@ FASTATTN_INLINE void store_words(uint32_t* dst, Vec64 a, Vec64 b, Vec64 c, Vec64
   _mm256_storeu_si256((__m256i*)dst, _mm256_permute2x128_si256(even_groups, odd_groups, 0x20));
   _mm256_storeu_si256((__m256i*)(dst + 8),
                       _mm256_permute2x128_si256(even_groups, odd_groups, 0x31));
+}
+#elif defined(FASTATTN_NEON)
+FASTATTN_INLINE Vec64 splat64(uint32_t x) { return {{vdupq_n_u64(x), vdupq_n_u64(x)}}; }
+FASTATTN_INLINE Vec64 iota64() {
+  const uint64_t lanes[4] = {0, 1, 2, 3};
+  return {{vld1q_u64(lanes), vld1q_u64(lanes + 2)}};
+}
+FASTATTN_INLINE Vec64 add64(Vec64 a, Vec64 b) {
+  return {{vaddq_u64(a.v[0], b.v[0]), vaddq_u64(a.v[1], b.v[1])}};
+}
+FASTATTN_INLINE Vec64 xor64(Vec64 a, Vec64 b) {
+  return {{veorq_u64(a.v[0], b.v[0]), veorq_u64(a.v[1], b.v[1])}};
+}
+FASTATTN_INLINE Vec64 high64(Vec64 a) {
+  return {{vshrq_n_u64(a.v[0], 32), vshrq_n_u64(a.v[1], 32)}};
+}
+FASTATTN_INLINE Vec64 multiply_low(Vec64 a, Vec64 b) {
+  return {{vmull_u32(vmovn_u64(a.v[0]), vmovn_u64(b.v[0])),
+           vmull_u32(vmovn_u64(a.v[1]), vmovn_u64(b.v[1]))}};
+}
+FASTATTN_INLINE void store_words(uint32_t* dst, Vec64 a, Vec64 b, Vec64 c, Vec64 d) {
+  const auto low = [](Vec64 x) FASTATTN_INLINE_LAMBDA {
+    return vuzp1q_u32(vreinterpretq_u32_u64(x.v[0]), vreinterpretq_u32_u64(x.v[1]));
+  };
+  const uint32x4x4_t words = {{low(a), low(b), low(c), low(d)}};
+  vst4q_u32(dst, words);
 }
 #else
 #define FASTATTN_BINARY64(name, expression)                         \
@@ -552,8 +591,12 @@ class ScaledExp<double, true> {
   explicit ScaledExp(double scale) : scale_(scale) {}
   template <int kCount>
   void operator()(Vec<double> (&x)[kCount]) const {
-    for (Vec<double>& v : x)
-      for (int i = 0; i < Vec<double>::kWidth; ++i) v.lane[i] = std::exp(v.lane[i] * scale_);
+    for (Vec<double>& v : x) {
+      double lanes[Vec<double>::kWidth];
+      store(lanes, v * set1(scale_));
+      for (double& lane : lanes) lane = std::exp(lane);
+      v = load(lanes);
+    }
   }
 
  private:

@@ -39,10 +39,14 @@ FASTATTN_INLINE uint16x4_t narrow(f16, VecF x) { return vreinterpret_u16_f16(vcv
 FASTATTN_INLINE VecF load(const float* p) { return {vld1q_f32(p)}; }
 FASTATTN_INLINE VecF load(const bf16* p) { return widen(bf16{}, vld1_u16((const uint16_t*)p)); }
 FASTATTN_INLINE VecF load(const f16* p) { return widen(f16{}, vld1_u16((const uint16_t*)p)); }
+// Lane by lane: memcpy of a length known at run time is a call, before which every vector at work
+// goes to the stack.
 template <typename T>
 FASTATTN_INLINE VecF load_copy_n(const T* p, int n) {
+  if (n >= 4) return load(p);
   T copy[4] = {};
-  std::memcpy(copy, p, size_t(n) * sizeof(T));
+  for (int i = 0; i < 3; ++i)
+    if (i < n) copy[i] = p[i];
   return load(copy);
 }
 FASTATTN_INLINE VecF load_n(const float* p, int n) { return load_copy_n(p, n); }
@@ -53,9 +57,11 @@ FASTATTN_INLINE void store(bf16* p, VecF x) { vst1_u16((uint16_t*)p, narrow(bf16
 FASTATTN_INLINE void store(f16* p, VecF x) { vst1_u16((uint16_t*)p, narrow(f16{}, x)); }
 template <typename T>
 FASTATTN_INLINE void store_copy_n(T* p, VecF x, int n) {
+  if (n >= 4) return store(p, x);
   T copy[4];
   store(copy, x);
-  std::memcpy(p, copy, size_t(n) * sizeof(T));
+  for (int i = 0; i < 3; ++i)
+    if (i < n) p[i] = copy[i];
 }
 FASTATTN_INLINE void store_n(float* p, VecF x, int n) { store_copy_n(p, x, n); }
 FASTATTN_INLINE void store_n(bf16* p, VecF x, int n) { store_copy_n(p, x, n); }
@@ -79,16 +85,30 @@ FASTATTN_INLINE VecF select(VecMask<float> m, VecF yes, VecF no) {
 FASTATTN_INLINE VecF vabs(VecF a) { return {vabsq_f32(a.v)}; }
 FASTATTN_INLINE float hsum(VecF a) { return vaddvq_f32(a.v); }
 FASTATTN_INLINE void transpose(VecF (&r)[4]) {
-  const float32x4x2_t a = vtrnq_f32(r[0].v, r[1].v), b = vtrnq_f32(r[2].v, r[3].v);
-  r[0].v = vcombine_f32(vget_low_f32(a.val[0]), vget_low_f32(b.val[0]));
-  r[1].v = vcombine_f32(vget_low_f32(a.val[1]), vget_low_f32(b.val[1]));
-  r[2].v = vcombine_f32(vget_high_f32(a.val[0]), vget_high_f32(b.val[0]));
-  r[3].v = vcombine_f32(vget_high_f32(a.val[1]), vget_high_f32(b.val[1]));
+  const float64x2_t a0 = vreinterpretq_f64_f32(vtrn1q_f32(r[0].v, r[1].v));
+  const float64x2_t a1 = vreinterpretq_f64_f32(vtrn2q_f32(r[0].v, r[1].v));
+  const float64x2_t b0 = vreinterpretq_f64_f32(vtrn1q_f32(r[2].v, r[3].v));
+  const float64x2_t b1 = vreinterpretq_f64_f32(vtrn2q_f32(r[2].v, r[3].v));
+  r[0].v = vreinterpretq_f32_f64(vtrn1q_f64(a0, b0));
+  r[1].v = vreinterpretq_f32_f64(vtrn1q_f64(a1, b1));
+  r[2].v = vreinterpretq_f32_f64(vtrn2q_f64(a0, b0));
+  r[3].v = vreinterpretq_f32_f64(vtrn2q_f64(a1, b1));
 }
 FASTATTN_INLINE float hmax_any(VecF a) { return vmaxvq_f32(a.v); }
 FASTATTN_INLINE VecF add_exponent(VecF x, VecF rounded) {
   const int32x4_t shift = vshlq_n_s32(vreinterpretq_s32_f32(rounded.v), 23);
   return {vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(x.v), shift))};
+}
+
+// The portable vector serves doubles, but for what compilers take lane by lane.
+template <>
+FASTATTN_INLINE Vec<double> set1<double>(double x) {
+  return {vdupq_n_f64(x)};
+}
+FASTATTN_INLINE Vec<double> load(const double* p) { return {vld1q_f64(p)}; }
+FASTATTN_INLINE void store(double* p, Vec<double> x) { vst1q_f64(p, x.lane); }
+FASTATTN_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return {vfmaq_f64(c.lane, a.lane, b.lane)};
 }
 
 }  // namespace

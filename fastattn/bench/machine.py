@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from .._version import __version__
+
 # The instruction sets that decide which kernel is fastest, by the names of /proc/cpuinfo.
 FLAGS = (
     "avx2",
@@ -103,7 +105,7 @@ def describe() -> dict[str, Any]:
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "fastattn": version_of("fastattn"),
+        "fastattn": __version__,
         "commit": git_commit(),
     }
 
