@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -90,6 +91,15 @@ def test_forced(isa):
     child = python(SCRIPT, json.dumps(CASES), isa=isa)
     assert child.returncode == 0, child.stderr
     assert child.stdout.split("\n") == [isa, ""]
+
+
+@pytest.mark.parametrize("isa", sorted({"avx2", "baseline"} & set(USABLE)))
+def test_edges(isa):
+    """What the rounding and the width of its vectors decide, of those that the tests do not take."""
+    files = [str(Path(__file__).parent / f"test_edge_cases{name}.py") for name in ("", "_rows")]
+    code = "import sys, pytest; sys.exit(pytest.main(['-q', '-k', 'cpu', *sys.argv[1:]]))"
+    child = python(code, *files, isa=isa)
+    assert child.returncode == 0, child.stdout[-6000:] + child.stderr
 
 
 @built

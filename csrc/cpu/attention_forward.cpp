@@ -83,10 +83,15 @@ class ForwardTile {
     if (begin >= end) return;
     const int width = int(round_up(end - begin, Vec<A>::kWidth));
     const ptrdiff_t k_stride = ptrdiff_t(d_elems_) * kWide;
-    mod.prefetch(i + r0, rows, j + begin, end - begin);
     queries.data += r0 * queries.row;
-    tile_matmul<Into::kStore, Compute>(queries, {k_ + begin / kWide * k_stride, k_stride}, scores_,
-                                       kKeyBlock, rows, width, d_elems_);
+    // A bias is fetched a panel at a time: the processor waits for no more lines at once.
+    const int step = p_.bias ? kWide : width;
+    for (int c = 0; c < width; c += step) {
+      const int cols = std::min(step, width - c);
+      mod.prefetch_bias(i + r0, rows, j + begin + c, std::min(cols, end - begin - c), c == 0);
+      tile_matmul<Into::kStore, Compute>(queries, {k_ + (begin + c) / kWide * k_stride, k_stride},
+                                         scores_ + c, kKeyBlock, rows, cols, d_elems_);
+    }
     const QueriesOfHead<A> query{mod, i + r0};
     softmax_.block(scores_, probs_, kKeyBlock, r0, rows, j + begin, end - begin, width, spoils,
                    query);

@@ -32,12 +32,16 @@ struct ScoreMod {
     return p.softcap != 0 || p.alibi_slopes || p.bias || !(p.scale > 0);
   }
 
-  // Asks for the bias of queries [i, i + rows) and keys [j, j + n) to be brought near.
-  void prefetch(int64_t i, int rows, int64_t j, int n) const {
+  // Asks for the bias of queries [i, i + rows) and keys [j, j + n) to be brought near; `first` for
+  // the first keys of these queries, which may be on new pages.
+  void prefetch_bias(int64_t i, int rows, int64_t j, int n, bool first) const {
     if (!p.bias || p.bias.stride[3] != 1) return;
     const int64_t size = size_of(p.bias_dtype);
-    for (int r = 0; r < rows; ++r)
-      prefetch_bytes(static_cast<const char*>(p.bias.data) + offset(i + r, j) * size, n * size);
+    for (int r = 0; r < rows; ++r) {
+      const char* at = static_cast<const char*>(p.bias.data) + offset(i + r, j) * size;
+      if (first) touch(at);
+      for (int64_t k = 0; k < n * size; k += 64) prefetch(at + k);
+    }
   }
 
   // row[0..n): q_i . k_(j + c) -> logits, in natural units. n is padded to whole vectors; `scratch`

@@ -125,10 +125,12 @@ class OnlineSoftmax {
 
   // What the results of row r0, ... before the last block() are to be multiplied by.
   const A* factors(int r0) const { return factor_ + r0; }
-  // The maximum of the logits: an exact product, so that lse is rounded once, and where one key
-  // takes all is rounded to the very logit of the backward, whose probability is then exactly 1.
+  // The maximum of the logits, the product of the backward: exact, so that lse is rounded once, or
+  // rounded as there. Where one key takes all its probability there is then exactly 1.
   double max(int r) const {
-    return modified_ ? double(max_[r]) : double(max_[r]) * double(A(p_.scale));
+    if (modified_) return double(max_[r]);
+    const A scale = A(p_.scale);
+    return kFmaIsExact ? double(max_[r]) * double(scale) : double(A(max_[r] * scale));
   }
   double sum(int r) const { return double(sum_[r]) + double(sum_low_[r]); }  // of exp(logit - max)
 

@@ -207,24 +207,29 @@ FASTATTN_BINARY(vmin, a.lane FASTATTN_EACH < b.lane FASTATTN_EACH ? a.lane FASTA
 #undef FASTATTN_BINARY
 // a * b + c as the vectors do it: with one rounding where the instruction set has it. Nothing else
 // is ever fused (setup.py: -ffp-contract=off), so that a product rounds alike wherever it is made.
+#if defined(FASTATTN_X86_VECTORS) || defined(__aarch64__)
+constexpr bool kFmaIsExact = true;
 template <typename A>
 FASTATTN_INLINE A fma(A a, A b, A c) {
-#if defined(FASTATTN_X86_VECTORS) || defined(__aarch64__)
   return std::fma(a, b, c);
-#else
-  return a * b + c;
-#endif
 }
 template <typename A>
 FASTATTN_INLINE Vec<A> fma(Vec<A> a, Vec<A> b, Vec<A> c) {
-#if defined(FASTATTN_X86_VECTORS) || defined(__aarch64__)
   Vec<A> r;
   for (int i = 0; i < Vec<A>::kWidth; ++i) r.lane[i] = fma(a.lane[i], b.lane[i], c.lane[i]);
   return r;
-#else
-  return a * b + c;
-#endif
 }
+#else
+constexpr bool kFmaIsExact = false;
+template <typename A>
+FASTATTN_INLINE A fma(A a, A b, A c) {
+  return a * b + c;
+}
+template <typename A>
+FASTATTN_INLINE Vec<A> fma(Vec<A> a, Vec<A> b, Vec<A> c) {
+  return a * b + c;
+}
+#endif
 template <typename A>
 FASTATTN_INLINE VecMask<A> less(Vec<A> a, Vec<A> b) {  // false where either is NaN
   VecMask<A> r;
@@ -438,9 +443,9 @@ FASTATTN_INLINE void store_words(uint32_t* dst, Vec64 a, Vec64 b, Vec64 c, Vec64
 }
 #endif
 
-FASTATTN_INLINE void prefetch_bytes(const void* p, int64_t bytes) {
-  for (int64_t at = 0; at < bytes; at += 64) prefetch(static_cast<const char*>(p) + at);
-}
+// Reads what lies at p, for its page to be known: a Zen 4 drops a prefetch whose page it would have
+// to look up.
+FASTATTN_INLINE void touch(const void* p) { (void)*static_cast<const volatile char*>(p); }
 
 // The least that keeps streaming stores ordered before the caller's next synchronisation.
 FASTATTN_INLINE void stream_fence() {
