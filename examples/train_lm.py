@@ -69,7 +69,7 @@ TRAINED_FOR = 150  # steps of a model that is only there to show something
 def parser() -> argparse.ArgumentParser:
     size = {"d_model": 160, "layers": 2, "heads": 5}
     rates = {"lr": 4e-3, "dropout": 0.05}
-    parser = arguments(__doc__, "lm", steps=3300, batch=16, **size, **rates)
+    parser = arguments(__doc__, "lm", steps=2300, batch=16, **size, **rates)
     add = parser.add_argument
     add("--data-mb", type=positive_float, default=3.0, help="read at most so many megabytes [3]")
     add("--tokenizer", choices=("byte", "bpe"), default="bpe")

@@ -23,8 +23,9 @@ pytestmark = [
 
 # The suites of every backend, which in these processes is the cuda backend alone: some in every
 # mode, the rest in one.
-SUITES = ["emulated", "test_case_table.py::test_case"]
-MORE_SUITES = [
+MODES = ("lazy", "eager", "random:1")
+IN_EVERY_MODE = ["emulated", "test_case_table.py::test_case"]
+REST = [
     "test_case_table.py::test_head_dims",
     "test_case_table.py::test_strides_of_the_output_gradient",
     "test_edge_cases.py",
@@ -33,7 +34,7 @@ MORE_SUITES = [
     "test_ops_softmax.py",
     "test_one_truth.py::test_residual_dropout",
 ]
-MODES = ("lazy", "eager", "random:1")
+SUITES = {mode: (mode, IN_EVERY_MODE) for mode in MODES} | {"the rest": (MODES[0], REST)}
 PROGRAMS = {
     name: build.EMULATOR / file
     for name, file in (
@@ -66,17 +67,24 @@ def module(folder):
     return build.build(folder / "module", "address")
 
 
-@pytest.fixture(scope="module")
-def suites(module, request):
-    """What came of the suites in each mode that is asked about, as a future: one process each."""
-    items = [item for item in request.session.items if "suites" in item.fixturenames]
+def outcomes_of(request, fixture, parameters, run):
+    """What comes of run(*parameters) for each test of this fixture, as a future by its parameters:
+    each is a process of its own, so that they keep all cores busy."""
+    items = [item for item in request.session.items if fixture in item.fixturenames]
+    wanted = [tuple(item.callspec.params[name] for name in parameters) for item in items]
     with ThreadPoolExecutor(build.jobs()) as pool:
-        wanted = [item.callspec.params["mode"] for item in items]
-        yield {mode: pool.submit(run_suites, module, mode) for mode in wanted}
+        yield {arguments: pool.submit(run, *arguments) for arguments in wanted}
         pool.shutdown(cancel_futures=True)
 
 
-def run_suites(module, mode):
+@pytest.fixture(scope="module")
+def suites(module, request):
+    yield from outcomes_of(
+        request, "suites", ["name"], lambda name: run_suite(module, *SUITES[name])
+    )
+
+
+def run_suite(module, mode, files):
     libraries = [build.runtime(f"lib{name}.so") for name in ("asan", "ubsan", "stdc++")]
     if libraries[0] is None:
         return None
@@ -90,7 +98,7 @@ def run_suites(module, mode):
     code = f"import sys; sys.path[:] = {sys.path!r}; import pytest; sys.exit(pytest.main())"
     return subprocess.run(
         [sys.executable, "-c", code, "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-        + [str(TESTS / suite) for suite in SUITES + MORE_SUITES * (mode == MODES[0])],
+        + [str(TESTS / file) for file in files],
         env=os.environ | environment,
         capture_output=True,
         text=True,
@@ -98,9 +106,9 @@ def run_suites(module, mode):
     )
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_suites(suites, mode):
-    child = suites[mode].result()
+@pytest.mark.parametrize("name", SUITES)
+def test_suites(suites, name):
+    child = suites[name,].result()
     if child is None:
         pytest.skip("the compiler has no sanitizers")
     assert child.returncode == 0, child.stdout[-6000:] + child.stderr[-4000:]
@@ -127,11 +135,19 @@ def programs(folder):
     return folders
 
 
-@pytest.mark.parametrize("mode", [*MODES, "random:2"])
+@pytest.fixture(scope="module")
+def runs(programs, request):
+    def run_one(program, sanitizer, mode):
+        return run(programs[sanitizer] / f"run_{program}", mode)
+
+    yield from outcomes_of(request, "runs", ["program", "sanitizer", "mode"], run_one)
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_program(programs, program, sanitizer, mode):
-    done = run(programs[sanitizer] / f"run_{program}", mode)
+def test_program(runs, program, sanitizer, mode):
+    done = runs[program, sanitizer, mode].result()
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
@@ -156,13 +172,12 @@ def name_of(mistake):
 
 @pytest.fixture(scope="module")
 def outcomes(programs, folder, request):
-    """What came of each mistake that is asked about, as a future: each compiles one file and runs
-    alone, so that they keep all cores busy."""
-    items = [item for item in request.session.items if "outcomes" in item.fixturenames]
-    wanted = [item.callspec.params["mistake"] for item in items]
-    with ThreadPoolExecutor(build.jobs()) as pool:
-        yield {m: pool.submit(outcome, m, programs, folder / name_of(m)) for m in wanted}
-        pool.shutdown(cancel_futures=True)
+    """What came of each mistake that is asked about: one file compiled, and run."""
+
+    def outcome_of(mistake):
+        return outcome(mistake, programs, folder / name_of(mistake))
+
+    yield from outcomes_of(request, "outcomes", ["mistake"], outcome_of)
 
 
 def outcome(mistake, programs, folder):
@@ -195,7 +210,7 @@ def outcome(mistake, programs, folder):
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=name_of)
 def test_mistake_is_caught(outcomes, mistake):
-    done = outcomes[mistake].result()
+    done = outcomes[mistake,].result()
     said = done.stdout + done.stderr
     assert done.returncode != 0, "nothing was noticed"
     assert mistake.says in said, said[-2000:]
