@@ -443,8 +443,8 @@ FASTATTN_INLINE void store_words(uint32_t* dst, Vec64 a, Vec64 b, Vec64 c, Vec64
 }
 #endif
 
-// Reads what lies at p, for its page to be known: a Zen 4 drops a prefetch whose page it would have
-// to look up.
+// Reads what lies at p, for its page to be known: on a Zen 4, prefetches of rows a page apart bring
+// nothing until that has been done.
 FASTATTN_INLINE void touch(const void* p) { (void)*static_cast<const volatile char*>(p); }
 
 // The least that keeps streaming stores ordered before the caller's next synchronisation.
