@@ -143,7 +143,7 @@ def runs(programs, request):
     yield from outcomes_of(request, "runs", ["program", "sanitizer", "mode"], run_one)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [*MODES, "random:2"])
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_program(runs, program, sanitizer, mode):

@@ -181,8 +181,7 @@ class DecodeTile {
     unroll<kCount>([&](auto row) { unroll<kVectors>([&](auto x) { sum[row][x] = zero<A>(); }); });
     for (int j = 0; j < n; ++j) {
       const U* value = v.at(j, c);
-      if constexpr (kFetch)
-        for (size_t at = 0; at < kVectors * w; at += 64 / sizeof(U)) prefetch(value + ahead + at);
+      if constexpr (kFetch) prefetch_bytes(value + ahead, kVectors * w * sizeof(U));
       unroll<kVectors>([&](auto x) {
         const V y = load(value + x * w);
         unroll<kCount>(

@@ -40,7 +40,7 @@ struct ScoreMod {
     for (int r = 0; r < rows; ++r) {
       const char* at = static_cast<const char*>(p.bias.data) + offset(i + r, j) * size;
       if (first) touch(at);
-      for (int64_t k = 0; k < n * size; k += 64) prefetch(at + k);
+      prefetch_bytes(at, n * size);
     }
   }
 

@@ -488,7 +488,7 @@ void backward_group(int64_t first, BackwardRow<T>* rows, const LayerNormParams& 
 template <typename T>
 void backward(const LayerNormParams& p, const LayerNormGrads& grads) {
   using A = Acc<T>;
-  constexpr int kGroup = 2;
+  constexpr int kGroup = 2;                   // four, and their sums wait for registers
   constexpr int64_t kGroupBytes = 256 << 10;  // of x and dy, to be found again by the second pass
   const int64_t n = p.width, rows = p.rows.count(), bytes = rows * n * int64_t(sizeof(T));
   const Weights<T> weights(p.weight, p.weight_dtype, n, A(1));

@@ -2,7 +2,7 @@
 // once.
 #pragma once
 #include "philox.h"
-#include "vec.h"
+#include "vec64.h"
 
 namespace fastattn {
 namespace {

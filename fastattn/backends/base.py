@@ -30,11 +30,11 @@ def empty_output(q: Tensor, v_dim: int) -> Tensor:
     sequence, so that a model's ``out.transpose(1, 2).reshape(...)`` costs no copy.
     """
     batch, heads, length, head_dim = q.shape
-    if v_dim == head_dim:  # the same as below, sooner
-        if q.is_contiguous():
-            return torch.empty_like(q)
-        if q.stride() == (length * heads * head_dim, head_dim, heads * head_dim, 1):
-            return torch.empty_like(q)
+    if v_dim == head_dim and (  # the same as below, sooner
+        q.is_contiguous()
+        or q.stride() == (length * heads * head_dim, head_dim, heads * head_dim, 1)
+    ):
+        return torch.empty_like(q)
     if q.stride(1) < q.stride(2):
         return q.new_empty((batch, length, heads, v_dim)).transpose(1, 2)
     return q.new_empty((batch, heads, length, v_dim))
