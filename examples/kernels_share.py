@@ -6,8 +6,8 @@
 
 Times of a step take turns, so that a slow second of the machine hits everyone; peak memory is
 measured in a process of its own, beyond the weights and the optimizer's state. Then each training
-script runs with `--attention both` for a few steps, and share.png lays the losses of fused and
-naive over each other. Needs `pip install fastattn[examples]`.
+script runs for a few steps on fused and on naive kernels, and share.png lays their losses over each
+other; `--attention fused` trains on those alone. Needs `pip install fastattn[examples]`.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from fastattn.bench import models, tasks
 from fastattn.bench.results import Result
 
 CONTENDERS = {"ours": "fused", "torch": "torch", "naive": "naive"}
+KINDS = tuple(CONTENDERS.values())
 
 
 class Training(NamedTuple):
@@ -62,6 +63,8 @@ def parser() -> argparse.ArgumentParser:
     add("--seconds", type=positive_float, default=2.0, help="of timing, for each task [2]")
     add("--steps", type=positive, default=150, help="of each training, for its losses [150]")
     add("--resume", action="store_true", help="go on from the checkpoints in --out, if any")
+    whose = "whose kernels train, for the losses; the table has all of them [both]"
+    add("--attention", choices=("fused", "naive", "torch", "both"), default="both", help=whose)
     parser.set_defaults(quick_defaults={"seconds": 0.3, "steps": 10})
     return parser
 
@@ -91,12 +94,12 @@ def measure(console: Console, seconds: float) -> dict[str, Any]:
 
 
 def train(args: argparse.Namespace, console: Console) -> dict[str, dict[str, Any]]:
-    """The losses of fused and naive in every training, and how far apart they are."""
+    """The losses of every training and, of both fused and naive, how far apart they are."""
 
     def folder(name: str) -> Path:
         return args.out / name.replace(" ", "-")
 
-    common = ["--attention=both", f"--steps={args.steps}", f"--seed={args.seed}"]
+    common = [f"--attention={args.attention}", f"--steps={args.steps}", f"--seed={args.seed}"]
     if args.resume:
         common.append("--resume")
     trained = {}
@@ -109,10 +112,14 @@ def train(args: argparse.Namespace, console: Console) -> dict[str, dict[str, Any
         if "starts" in metrics:
             metrics = metrics["starts"]["pre-trained"]["seeds"][0]
         trained[name] = {
-            "losses": {kind: metrics["runs"][kind]["losses"] for kind in ("fused", "naive")},
-            "loss_difference_max": metrics["loss_difference_max"],
-            "step_time_ratio": metrics["step_time_ratio"],
+            "losses": {
+                kind: metrics["runs"][kind]["losses"] for kind in KINDS if kind in metrics["runs"]
+            }
         }
+        if args.attention == "both":
+            trained[name] |= {
+                key: metrics[key] for key in ("loss_difference_max", "step_time_ratio")
+            }
     console.rule()
     return trained
 
@@ -135,22 +142,26 @@ def show(console: Console, metrics: dict[str, Any]) -> None:
         table.add_row(task, *cells)
     console.print(table)
     for name, run in metrics["trained"].items():
-        losses = run["losses"]["fused"]
-        console.print(
-            f"{name}: the loss falls from {losses[0]:.2f} to {losses[-1]:.2f} in {len(losses)} "
-            f"steps; those of fused and naive differ by at most {run['loss_difference_max']:.1e}; "
-            f"naive takes {run['step_time_ratio']:.2f} x the time"
-        )
+        losses = next(iter(run["losses"].values()))
+        first, last = losses[0], losses[-1]
+        line = f"{name}: the loss falls from {first:.2f} to {last:.2f} in {len(losses)} steps"
+        if "loss_difference_max" in run:
+            line += (
+                f"; those of fused and naive differ by at most {run['loss_difference_max']:.1e}; "
+                f"naive takes {run['step_time_ratio']:.2f} x the time"
+            )
+        console.print(line)
 
 
 def plot_losses(path: Path, trained: dict[str, dict[str, Any]]) -> None:
     with plotting(path) as axes:
         for i, (name, run) in enumerate(trained.items()):
-            fused, naive = run["losses"]["fused"], run["losses"]["naive"]
-            axes.plot(fused, color=f"C{i}", alpha=0.5, lw=2.5, label=f"{name}, fused")
-            label = "" if i else "naive, each"
-            axes.plot(naive, color="black", lw=0.7, ls=(0, (4, 3)), label=label)
-        axes.set(xlabel="step", ylabel="training loss", title="Fused and naive, one over the other")
+            (kind, losses), *others = run["losses"].items()
+            axes.plot(losses, color=f"C{i}", alpha=0.5, lw=2.5, label=f"{name}, {kind}")
+            for other, theirs in others:
+                label = "" if i else f"{other}, each"
+                axes.plot(theirs, color="black", lw=0.7, ls=(0, (4, 3)), label=label)
+        axes.set(xlabel="step", ylabel="training loss", title="Losses, one over the other")
         axes.figure.legend(loc="outside right upper")
         axes.grid(alpha=0.3)
 

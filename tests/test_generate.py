@@ -224,6 +224,18 @@ def test_the_kernels_share(small_share, tmp_path):
     assert (tmp_path / "share.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("kind", ["fused", "naive"])
+def test_the_kernels_share_with_losses_of_one_kind(small_share, tmp_path, monkeypatch, kind):
+    chosen = {"language model": kernels_share.TRAININGS["language model"]}
+    monkeypatch.setattr(kernels_share, "TRAININGS", chosen)
+    metrics = kernels_share.main(
+        [f"--out={tmp_path}", "--seconds=0.01", "--steps=5", f"--attention={kind}"]
+    )
+    run = metrics["trained"]["language model"]
+    assert run.keys() == {"losses"} and run["losses"].keys() == {kind}
+    assert (tmp_path / "share.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize("task", tasks.BENCHMARKS[1:], ids=lambda b: b.task)
 def test_tasks_learn_alike_on_all_kernels(task):
     """Everyone's losses, and padding that changes nothing."""
