@@ -70,7 +70,8 @@ def module(folder):
 def outcomes_of(request, fixture, parameters, run):
     """What comes of run(*parameters) for each test of this fixture, as a future by its parameters:
     each is a process of its own, so that they keep all cores busy."""
-    items = [item for item in request.session.items if fixture in item.fixturenames]
+    here = [item for item in request.session.items if item.path == request.path]
+    items = [item for item in here if fixture in item.fixturenames]
     wanted = [tuple(item.callspec.params[name] for name in parameters) for item in items]
     with ThreadPoolExecutor(build.jobs()) as pool:
         yield {arguments: pool.submit(run, *arguments) for arguments in wanted}
