@@ -38,7 +38,8 @@ PAIRS = [
 FORMS = {
     "tiles": {"q_len": 45, "k_len": 71, "head_dim": 20, "heads": 8, "batch": 1},
     "long_queries": {"q_len": 71, "k_len": 45, "head_dim": 20, "heads": 8, "batch": 1},
-    "decode": {"q_len": 2, "k_len": 151, "head_dim": 16, "heads": 8, "batch": 2},
+    # Few enough numbers for testing.over_draws: all depend on the largest scores of few rows.
+    "decode": {"q_len": 2, "k_len": 151, "head_dim": 16, "heads": 4, "batch": 2},
 }
 
 

@@ -62,8 +62,14 @@ class ForwardTile {
       const KeyRange full = p_.mask.all_keys(i, i + rows, p_.shape.k_len);
       const bool hides = p_.bias || j < full.begin || j + n > full.end;
       const bool spoils = hides && !all_finite(v, n, int(p_.shape.v_dim));
-      for (int r = 0; r < rows; r += kSubRows)
-        block(mod, i, r, std::min(kSubRows, rows - r), queries, j, n, values, spoils);
+      const int next = int(std::min<int64_t>(kKeyBlock, keys.end - (j + n)));
+      for (int r = 0; r < rows; r += kSubRows) {
+        // The next queries and, share by share, the next values are on their way meanwhile.
+        const int done = std::min(r + kSubRows, rows);
+        if (j == keys.begin) fetch(q, done, std::min(done + kSubRows, rows), p_.shape.head_dim);
+        fetch(v, n + next * r / rows, n + next * done / rows, p_.shape.v_dim);
+        block(mod, i, r, done - r, queries, j, n, values, spoils);
+      }
     }
   }
 
@@ -73,6 +79,11 @@ class ForwardTile {
 
  private:
   static constexpr ptrdiff_t kValueStride = ptrdiff_t(kKeyBlock / kDepth) * kWide;
+
+  static void fetch(Source<T> s, int begin, int end, int64_t cols) {
+    if (s.col == 1)
+      for (int r = begin; r < end; ++r) prefetch_bytes(s.at(r, 0), cols * int64_t(sizeof(T)));
+  }
 
   // Rows [r0, r0 + rows) of the tile against the packed keys [j, j + n) and their values.
   void block(const ScoreMod<A>& mod, int64_t i, int r0, int rows, Left<Compute> queries, int64_t j,

@@ -2,9 +2,9 @@
 // same code serves forward, backward and decode. The order is the library's definition:
 //   scale -> softcap -> ALiBi -> bias -> mask
 #pragma once
+#include "exp.h"
 #include "params.h"
 #include "random.h"
-#include "vec.h"
 
 namespace fastattn {
 namespace {

@@ -2,6 +2,8 @@
 // products to dq, dk and dv. The formulas are at the head of attention_backward.cpp.
 #pragma once
 #include <cmath>
+#include <tuple>
+#include <utility>
 
 #include "attention_plan.h"
 #include "attention_score.h"
@@ -20,7 +22,8 @@ constexpr int kKeyBlock = (kTotalsInRegisters                      ? 8
                           Vec<A>::kWidth;
 
 // The gradients of few queries have few terms for roundings to average out in, and are cheap: their
-// scores are made again as decode made them, so that their p add up to 1.
+// scores are made again as decode made them, so that their p add up to 1, and no exponent of a p is
+// rounded.
 inline bool few_queries(const AttentionParams& p) {
   return p.shape.q_len <= ForwardPlan::kDecodeQueries;
 }
@@ -52,6 +55,7 @@ class BackwardTile {
         g_(g),
         wanted_(wanted),
         modified_(ScoreMod<A>::needed(p)),
+        few_(kDepth == 1 && few_queries(p)),
         d_(int(p.shape.head_dim)),
         dv_(int(p.shape.v_dim)),
         d_elems_(int(round_up(d_, kDepth) / kDepth)),
@@ -139,7 +143,7 @@ class BackwardTile {
   // c (rows, n_) = a . b
   void product(Left<Compute> a, Panels<Compute> b, A* c, int rows, int elems) const {
     if constexpr (kDepth == 1)
-      if (few_queries(p_)) return tile_product_by_lanes(a, b, c, kKeys, rows, n_, elems);
+      if (few_) return tile_product_by_lanes(a, b, c, kKeys, rows, n_, elems);
     tile_matmul<Into::kStore>(a, b, c, kKeys, rows, n_, elems);
   }
 
@@ -202,7 +206,7 @@ class BackwardTile {
     }
     // One that saw a NaN has lse NaN, and still p = 0 where it sees nothing.
     const bool spoilt = lse != lse;
-    if (modified_ || spoilt || wanted_.dbias || wanted_.dlogit || !wanted_.ds())
+    if (modified_ || spoilt || few_ || wanted_.dbias || wanted_.dlogit || !wanted_.ds())
       row_loop<true>(s, dp, width, lse, low, delta, dlse, r);
     else
       row_loop<false>(s, dp, width, lse, low, delta, dlse, r);
@@ -226,6 +230,20 @@ class BackwardTile {
     return hsum(sum);
   }
 
+  // a + b, and what rounding takes off it (Knuth's two-sum).
+  static FASTATTN_INLINE std::pair<Vec<A>, Vec<A>> exact_sum(Vec<A> a, Vec<A> b) {
+    const Vec<A> sum = a + b, part = sum - a;
+    return {sum, (a - (sum - part)) + (b - part)};
+  }
+  // score factor - lse - low, and what rounding takes off it.
+  static FASTATTN_INLINE std::pair<Vec<A>, Vec<A>> exact_exponent(Vec<A> score, Vec<A> factor,
+                                                                  Vec<A> minus_lse,
+                                                                  Vec<A> minus_low) {
+    const Vec<A> logit = score * factor;
+    const auto [high, low] = exact_sum(logit, minus_lse);
+    return exact_sum(high, fma(score, factor, zero<A>() - logit) + low + minus_low);
+  }
+
   template <bool kGeneral>
   FASTATTN_INLINE void row_loop(A* s, A* dp, int width, A lse, A low, A delta, A dlse, int r) {
     using V = Vec<A>;
@@ -237,13 +255,18 @@ class BackwardTile {
     const V factor = kGeneral && modified_ ? set1(A(1)) : scale;
     int c = 0;
     const auto step = [&](auto count) FASTATTN_INLINE_LAMBDA {
-      V p[count];
+      V p[count], rest[count];
       unroll<count>([&](auto k) FASTATTN_INLINE_LAMBDA {
-        p[k] = fma(load(s + c + k * w), factor, minus_lse) + minus_low;
+        const V score = load(s + c + k * w);
+        p[k] = fma(score, factor, minus_lse) + minus_low;
+        if (kGeneral && few_)
+          std::tie(p[k], rest[k]) = exact_exponent(score, factor, minus_lse, minus_low);
       });
       exp_(p);
       unroll<count>([&](auto k) FASTATTN_INLINE_LAMBDA {
         const int at = c + k * w;
+        if (kGeneral && few_)  // infinities leave no number
+          p[k] = select(equal(rest[k], rest[k]), fma(p[k], rest[k], p[k]), p[k]);
         if (kGeneral) p[k] = select(equal(load(s + at), hidden), zero<A>(), p[k]);
         store(s + at, p[k]);
         if (kGeneral && !wanted_.ds()) return;
@@ -291,7 +314,7 @@ class BackwardTile {
   const AttentionParams& p_;
   const AttentionGrads& g_;
   const Wanted wanted_;
-  const bool modified_;
+  const bool modified_, few_;
   const ScaledExp<A, true> exp_{1.0};
   const int d_, dv_, d_elems_, dv_elems_, d_cols_, dv_cols_;
   Elem *k_transposed_, *v_transposed_, *k_panels_, *q_rows_, *q_panels_, *do_rows_, *do_panels_;

@@ -49,7 +49,7 @@ template <typename A, bool kExact>
 class OnlineSoftmax {
   using V = Vec<A>;
   static constexpr int w = V::kWidth;
-  static constexpr int kAtOnce = 4;
+  static constexpr int kAtOnce = w == 16 ? 8 : 4;
   static constexpr A kHidden = -std::numeric_limits<A>::infinity();
 
  public:
@@ -146,10 +146,13 @@ class OnlineSoftmax {
       V x[count];
       unroll<count>([&](auto i) FASTATTN_INLINE_LAMBDA { x[i] = load(row + c + i * w) - base; });
       exp(x);
-      unroll<count>([&](auto i) FASTATTN_INLINE_LAMBDA {
-        total[i % 2] = total[i % 2] + x[i];
-        store(out + c + i * w, x[i]);
-      });
+      unroll<count>([&](auto i) FASTATTN_INLINE_LAMBDA { total[i % 2] = total[i % 2] + x[i]; });
+      if constexpr (count % 2 == 0)
+        unroll<count / 2>([&](auto i) FASTATTN_INLINE_LAMBDA {
+          store_two(out + c + 2 * i * w, x[2 * i], x[2 * i + 1]);
+        });
+      else
+        unroll<count>([&](auto i) FASTATTN_INLINE_LAMBDA { store(out + c + i * w, x[i]); });
       c += count * w;
     };
     while (c + kAtOnce * w <= width) step(std::integral_constant<int, kAtOnce>{});

@@ -1,6 +1,7 @@
 // Softmax and log-softmax of scale * x + mask, forward and backward.
 #include <cmath>
 
+#include "exp.h"
 #include "kernels.h"
 #include "rows.h"
 

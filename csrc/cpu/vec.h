@@ -275,12 +275,6 @@ FASTATTN_INLINE void transpose(Vec<A> (&r)[Vec<A>::kWidth]) {
       r[j].lane[i] = x;
     }
 }
-// 2^x, to 1e-7 in float; below the smallest normal 0 or a subnormal, inf above the largest, NaN for
-// NaN. exp2_below is for x < 128, or NaN: a little faster.
-FASTATTN_INLINE Vec<double> exp2(Vec<double> x) {
-  for (int i = 0; i < Vec<double>::kWidth; ++i) x.lane[i] = std::exp2(x.lane[i]);
-  return x;
-}
 template <typename T, typename A>
 FASTATTN_INLINE void stream(T* p, Vec<A> x) {
   store(p, x);
@@ -289,19 +283,6 @@ template <typename A>
 FASTATTN_INLINE Vec<A> zero() {
   return set1(A(0));
 }
-
-FASTATTN_INLINE Vec<double> exp2_below(Vec<double> x) { return exp2(x); }
-
-// How the float versions work: x = n + f with n whole; 2^f by a polynomial whose exponent bits then
-// grow by n. Adding 1.5 * 2^23 rounds to n and leaves n in the low bits. x is first raised to
-// -127, where the exponent bits become those of exactly 0. exp2_below leaves out the bound above.
-constexpr float kRoundMagic = 12582912.0f;
-// Polynomials for 2^f on [-1/2, 1/2]: minimax with 2^0 = 1 exact, relative error 2e-9, and 1e-7,
-// which would do for softmax, but shows in gradients beside libm's exp.
-constexpr float kExp2Poly[6] = {0.6931472f,   0.24022648f,   0.055503324f,
-                                0.009618437f, 0.0013398874f, 0.00015353362f};
-constexpr float kExp2ShortPoly[5] = {0.693147f, 0.240222424f, 0.0555073358f, 0.00967151299f,
-                                     0.00132647273f};
 
 #if !defined(FASTATTN_X86_VECTORS) && !defined(FASTATTN_NEON)
 // x times 2^n, where the low bits of `rounded` are n.
@@ -356,6 +337,13 @@ FASTATTN_INLINE void stream_fence() {
 
 // ---- built on the interface above -------------------------------------------------------------
 
+// Two vectors, one after the other.
+template <typename T, typename V>
+FASTATTN_INLINE void store_two(T* p, V first, V second) {
+  store(p, first);
+  store(p + V::kWidth, second);
+}
+
 template <typename F, int... kIndex>
 FASTATTN_INLINE void unroll_indices(F&& f, std::integer_sequence<int, kIndex...>) {
   (f(std::integral_constant<int, kIndex>{}), ...);
@@ -373,158 +361,6 @@ FASTATTN_INLINE void reduce_as_tree(Vec<A> (&x)[kSize], const Reduce& reduce) {
     unroll<kCount / 2>([&](auto i) { x[i] = reduce(x[i], x[i + kCount / 2]); });
     reduce_as_tree<kCount / 2>(x, reduce);
   }
-}
-
-constexpr double kLog2E = 1.44269504088896340736, kLn2 = 0.69314718055994530942;
-
-// What follows takes several vectors at once, in step: each waits for its own last result while the
-// others work, and the processor need not look far ahead for work.
-
-// f -> 2^f for f in [-1/2, 1/2]
-template <bool kShort, int kCount>
-FASTATTN_INLINE void exp2_of_fraction(Vec<float> (&f)[kCount]) {
-  constexpr int terms = kShort ? 5 : 6;
-  const auto c = [](int k) { return set1(kShort ? kExp2ShortPoly[k % 5] : kExp2Poly[k]); };
-  Vec<float> p[kCount];
-  unroll<kCount>([&](auto i) FASTATTN_INLINE_LAMBDA { p[i] = c(terms - 1); });
-  unroll<terms - 1>([&](auto k) FASTATTN_INLINE_LAMBDA {
-    unroll<kCount>([&](auto i)
-                       FASTATTN_INLINE_LAMBDA { p[i] = fma(p[i], f[i], c(terms - 2 - k)); });
-  });
-  unroll<kCount>([&](auto i) FASTATTN_INLINE_LAMBDA { f[i] = fma(p[i], f[i], set1(1.0f)); });
-}
-// NaN passes through.
-template <bool kShort, int kCount>
-FASTATTN_INLINE void exp2_below(Vec<float> (&x)[kCount]) {
-  const Vec<float> magic = set1(kRoundMagic);
-  Vec<float> rounded[kCount];
-  unroll<kCount>([&](auto i) FASTATTN_INLINE_LAMBDA { x[i] = vmax(set1(-127.0f), x[i]); });
-  unroll<kCount>([&](auto i) FASTATTN_INLINE_LAMBDA { rounded[i] = x[i] + magic; });
-  unroll<kCount>([&](auto i) FASTATTN_INLINE_LAMBDA { x[i] = x[i] - (rounded[i] - magic); });
-  exp2_of_fraction<kShort>(x);
-  unroll<kCount>([&](auto i) FASTATTN_INLINE_LAMBDA { x[i] = add_exponent(x[i], rounded[i]); });
-}
-FASTATTN_INLINE Vec<float> exp2_below(Vec<float> x) {
-  Vec<float> one[] = {x};
-  exp2_below<false>(one);
-  return one[0];
-}
-FASTATTN_INLINE Vec<float> exp2(Vec<float> x) { return exp2_below(vmin(set1(128.0f), x)); }
-
-// 2^x for x < 128, or NaN, for rows that may hold any NaN: exp2_below keeps those without a
-// payload. kShort as in exp2_of_fraction.
-template <bool kShort, int kCount>
-FASTATTN_INLINE void exp2_or_nan(Vec<float> (&x)[kCount]) {
-#if defined(FASTATTN_X86_VECTORS) && defined(__AVX512F__)
-  // Fewer instructions than exp2_below takes, but more that compete with FMA for its slots. The
-  // bound is far enough down for the result to round to 0.
-  Vec<float> whole[kCount];
-  unroll<kCount>([&](auto i) FASTATTN_INLINE_LAMBDA { x[i] = vmax(set1(-200.0f), x[i]); });
-  unroll<kCount>([&](auto i) FASTATTN_INLINE_LAMBDA { whole[i] = nearest_whole(x[i]); });
-  unroll<kCount>([&](auto i) FASTATTN_INLINE_LAMBDA { x[i] = x[i] - whole[i]; });
-  exp2_of_fraction<kShort>(x);
-  unroll<kCount>([&](auto i) FASTATTN_INLINE_LAMBDA { x[i] = times_power(x[i], whole[i]); });
-#else
-  for (Vec<float>& v : x) v = select(equal(v, v), exp2_below(v), v);
-#endif
-}
-template <bool kShort, int kCount>
-FASTATTN_INLINE void exp2_or_nan(Vec<double> (&x)[kCount]) {
-  for (Vec<double>& v : x) v = select(equal(v, v), exp2_below(v), v);
-}
-template <typename A>
-FASTATTN_INLINE Vec<A> exp2_or_nan(Vec<A> x) {
-  Vec<A> one[] = {x};
-  exp2_or_nan<false>(one);
-  return one[0];
-}
-
-// x -> e^(scale x) for scale > 0 and scale x < 88, or NaN. kExact: to 1e-7 whatever the size of x:
-// no product is rounded on the way, as exp2(x * log2(e)) rounds one. For gradients, where that
-// shows beside libm.
-template <typename A, bool kExact>
-class ScaledExp;
-
-template <>
-class ScaledExp<float, true> {
- public:
-  explicit ScaledExp(double scale)
-      : high_(float(scale * kLog2E)),
-        low_(float(scale * kLog2E - double(high_))),
-        least_(float(std::max(-87.0 / scale, double(std::numeric_limits<float>::lowest())))) {}
-
-  template <int kCount>
-  FASTATTN_INLINE void operator()(Vec<float> (&x)[kCount]) const {
-    const Vec<float> magic = set1(kRoundMagic), high = set1(high_), low = set1(low_);
-    const Vec<float> least = set1(least_);
-    Vec<float> rounded[kCount], f[kCount];
-    unroll<kCount>([&](auto i) FASTATTN_INLINE_LAMBDA { rounded[i] = fma(x[i], high, magic); });
-    unroll<kCount>([&](auto i) FASTATTN_INLINE_LAMBDA { f[i] = magic - rounded[i]; });
-    unroll<kCount>([&](auto i) FASTATTN_INLINE_LAMBDA { f[i] = fma(x[i], high, f[i]); });
-    unroll<kCount>([&](auto i) FASTATTN_INLINE_LAMBDA { f[i] = fma(x[i], low, f[i]); });
-    exp2_of_fraction<false>(f);
-    unroll<kCount>([&](auto i) FASTATTN_INLINE_LAMBDA {
-#if defined(FASTATTN_X86_VECTORS) && defined(__AVX512F__)
-      x[i] = add_exponent_from(x[i], least, f[i], rounded[i]);
-#else
-      x[i] = select(less(x[i], least), zero<float>(), add_exponent(f[i], rounded[i]));
-#endif
-    });
-  }
-
- private:
-  float high_, low_, least_;  // scale log2(e) = high + low; below least the result is 0
-};
-
-template <>
-class ScaledExp<float, false> {
- public:
-  explicit ScaledExp(double scale) : scale_(float(scale * kLog2E)) {}
-  template <int kCount>
-  FASTATTN_INLINE void operator()(Vec<float> (&x)[kCount]) const {
-    unroll<kCount>([&](auto i) FASTATTN_INLINE_LAMBDA { x[i] = x[i] * set1(scale_); });
-    exp2_below<true>(x);
-  }
-
- private:
-  float scale_;
-};
-
-template <>
-class ScaledExp<double, true> {
- public:
-  explicit ScaledExp(double scale) : scale_(scale) {}
-  template <int kCount>
-  void operator()(Vec<double> (&x)[kCount]) const {
-    for (Vec<double>& v : x) {
-      double lanes[Vec<double>::kWidth];
-      store(lanes, v * set1(scale_));
-      for (double& lane : lanes) lane = std::exp(lane);
-      v = load(lanes);
-    }
-  }
-
- private:
-  double scale_;
-};
-
-FASTATTN_INLINE Vec<double> vtanh(Vec<double> x) {
-  for (int i = 0; i < Vec<double>::kWidth; ++i) x.lane[i] = std::tanh(x.lane[i]);
-  return x;
-}
-// tanh to 2e-7 relative: an odd polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel.
-FASTATTN_INLINE Vec<float> vtanh(Vec<float> x) {
-  const Vec<float> a = vabs(x), z = x * x;
-  Vec<float> p = set1(-5.70498872745e-3f);
-  p = fma(p, z, set1(2.06390887954e-2f));
-  p = fma(p, z, set1(-5.37397155531e-2f));
-  p = fma(p, z, set1(1.33314422036e-1f));
-  p = fma(p, z, set1(-3.33332819422e-1f));
-  const Vec<float> near = fma(p * z, x, x);
-  const Vec<float> e = exp2(a * set1(float(2 * kLog2E)));
-  const Vec<float> far = set1(1.0f) - set1(2.0f) / (e + set1(1.0f));
-  const Vec<float> signed_far = select(less(x, set1(0.0f)), set1(0.0f) - far, far);
-  return select(less(a, set1(0.625f)), near, signed_far);
 }
 
 }  // namespace

@@ -77,6 +77,12 @@ FASTATTN_INLINE void store_n(bf16* p, VecF x, int n) {
 FASTATTN_INLINE void store_n(f16* p, VecF x, int n) {
   _mm256_mask_storeu_epi16(p, first_lanes(n), narrow(f16{}, x));
 }
+#if defined(__AVX512BF16__)
+FASTATTN_INLINE void store_two(bf16* p, VecF first, VecF second) {
+  const __m512bh halves = _mm512_cvtne2ps_pbh(second.v, first.v);
+  std::memcpy(p, &halves, sizeof halves);
+}
+#endif
 FASTATTN_INLINE void stream(float* p, VecF x) { _mm512_stream_ps(p, x.v); }
 FASTATTN_INLINE void stream(bf16* p, VecF x) {
   _mm256_stream_si256((__m256i*)p, narrow(bf16{}, x));
@@ -154,21 +160,26 @@ FASTATTN_INLINE void transpose(VecF (&r)[16]) {
   }
 }
 FASTATTN_INLINE float hmax_any(VecF a) { return _mm512_reduce_max_ps(a.v); }
+template <int kShift = 23>
 FASTATTN_INLINE VecF add_exponent(VecF x, VecF rounded) {
-  const __m512i shift = _mm512_slli_epi32(_mm512_castps_si512(rounded.v), 23);
+  const __m512i shift = _mm512_slli_epi32(_mm512_castps_si512(rounded.v), kShift);
   return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x.v), shift))};
 }
-// The same where lanes of `at` are not less than those of `least`; 0 elsewhere.
-FASTATTN_INLINE VecF add_exponent_from(VecF at, VecF least, VecF x, VecF rounded) {
-  const __m512i shift = _mm512_slli_epi32(_mm512_castps_si512(rounded.v), 23);
-  const __mmask16 kept = _mm512_cmp_ps_mask(at.v, least.v, _CMP_NLT_UQ);
-  return {_mm512_castsi512_ps(_mm512_maskz_add_epi32(kept, _mm512_castps_si512(x.v), shift))};
+FASTATTN_INLINE VecMask<float> not_less(VecF a, VecF b) {  // also where one is NaN
+  return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_NLT_UQ)};
 }
-FASTATTN_INLINE VecF nearest_whole(VecF x) {
-  return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+FASTATTN_INLINE VecF fma_where(VecMask<float> m, VecF a, VecF b, VecF c) {  // 0 elsewhere
+  return {_mm512_maskz_fmadd_ps(m.v, a.v, b.v, c.v)};
 }
-// x times 2^n, also where that rounds to 0.
-FASTATTN_INLINE VecF times_power(VecF x, VecF n) { return {_mm512_scalef_ps(x.v, n.v)}; }
+// table[the lowest bits of index], for a table of 16 or 32 numbers of 32 bits
+template <typename Number, int kSize>
+FASTATTN_INLINE VecF look_up(const Number (&table)[kSize], VecF index) {
+  static_assert(sizeof(Number) == 4 && (kSize == 16 || kSize == 32));
+  const __m512i i = _mm512_castps_si512(index.v), low = _mm512_load_si512(table);
+  if constexpr (kSize == 16) return {_mm512_castsi512_ps(_mm512_permutexvar_epi32(i, low))};
+  const __m512i high = _mm512_load_si512(table + kSize - 16);
+  return {_mm512_castsi512_ps(_mm512_permutex2var_epi32(low, i, high))};
+}
 
 }  // namespace
 }  // namespace fastattn
