@@ -9,6 +9,7 @@ import torch
 
 from .backends import BACKENDS
 from .backends.base import Backend
+from .spec import RefusedType, RefusedValue
 
 
 class Request(NamedTuple):
@@ -35,14 +36,14 @@ def select(name: str | None, request: Request) -> Backend:
                 if backend.challenger and _is_ahead(backend.challenger, request):
                     return BACKENDS[backend.challenger]
                 return backend
-        raise ValueError(f"no backend serves this call:\n{_report(request)}")
+        raise RefusedValue(f"no backend serves this call:\n{_report(request)}")
     named = BACKENDS.get(name) if isinstance(name, str) else None
     if named is None:
-        kind = ValueError if isinstance(name, str) else TypeError
+        kind = RefusedValue if isinstance(name, str) else RefusedType
         raise kind(f"backend: expected None or one of {', '.join(BACKENDS)}, got {name!r}")
     reasons = refusals(named, request)
     if reasons:
-        raise ValueError(f"backend: {name!r} does not serve this call: {'; '.join(reasons)}")
+        raise RefusedValue(f"backend: {name!r} does not serve this call: {'; '.join(reasons)}")
     return named
 
 

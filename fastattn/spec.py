@@ -20,6 +20,26 @@ _NO_WINDOW = (-1, -1)
 _FAR = 2**62
 
 
+class Refusal(Exception):
+    """A call that is not served: a mistake in its arguments, or no backend takes it.
+
+    Every check raises one, which is a TypeError, ValueError or IndexError too. Whoever passes such
+    calls on to torch catches this and no more: any other error is a mistake of this package.
+    """
+
+
+class RefusedType(Refusal, TypeError):
+    pass
+
+
+class RefusedValue(Refusal, ValueError):
+    pass
+
+
+class RefusedIndex(Refusal, IndexError):
+    pass
+
+
 class Mask(NamedTuple):
     """Query i sees key j when ``i + shift - left <= j <= i + shift + right``; -1: no limit.
 
@@ -120,10 +140,10 @@ class AttentionSpec(NamedTuple):
         scale = 1.0 / math.sqrt(head_dim) if scale is None else check_number(names.scale, scale)
         softcap = 0.0 if softcap is None else check_number("softcap", softcap)
         if softcap < 0:
-            raise ValueError(f"softcap: expected None or a number >= 0 (0: off), got {softcap}")
+            raise RefusedValue(f"softcap: expected None or a number >= 0 (0: off), got {softcap}")
         dropout_p = check_dropout(dropout_p, names.dropout_p)
         if deterministic is not None and not isinstance(deterministic, bool):
-            raise TypeError(f"deterministic: expected None or a bool, got {_got(deterministic)}")
+            raise RefusedType(f"deterministic: expected None or a bool, got {_got(deterministic)}")
         if bias is not None:
             _check_bias(names.bias, bias, q, (batch, heads, q_len, k_len))
         if alibi_slopes is not None:
@@ -141,12 +161,12 @@ def _mask(causal: Any, window: tuple[int, int], q_len: int, k_len: int) -> Mask:
         return Mask(left, right, shift)
     if isinstance(causal, str):
         if causal not in ("bottom_right", "top_left"):
-            raise ValueError(
+            raise RefusedValue(
                 f'causal: expected False, True, "bottom_right" or "top_left", got {causal!r}'
             )
         shift = 0 if causal == "top_left" else shift
     elif causal is not True:
-        raise TypeError(
+        raise RefusedType(
             f'causal: expected False, True, "bottom_right" or "top_left", got {_got(causal)}'
         )
     return Mask(left, 0, shift)  # a query never looks ahead, whatever the window's right
@@ -154,15 +174,15 @@ def _mask(causal: Any, window: tuple[int, int], q_len: int, k_len: int) -> Mask:
 
 def _check_window(name: str, window: Any) -> tuple[int, int]:
     if not isinstance(window, (tuple, list)):
-        raise TypeError(f"{name}: expected None or (left, right), got {_got(window)}")
+        raise RefusedType(f"{name}: expected None or (left, right), got {_got(window)}")
     if len(window) != 2:
-        raise ValueError(f"{name}: expected (left, right), got {len(window)} values")
+        raise RefusedValue(f"{name}: expected (left, right), got {len(window)} values")
     left, right = (-1 if limit is None else limit for limit in window)
     for limit in (left, right):
         if not is_integer(limit):
-            raise TypeError(f"{name}: expected integers or None, got {_got(limit)}")
+            raise RefusedType(f"{name}: expected integers or None, got {_got(limit)}")
         if limit < -1:
-            raise ValueError(f"{name}: expected limits >= 0, or -1 or None for none, got {limit}")
+            raise RefusedValue(f"{name}: expected limits >= 0, or -1 or None for none, got {limit}")
     # One that would overflow when added to a position, such as sys.maxsize, limits nothing.
     return -1 if left >= _FAR else left, -1 if right >= _FAR else right
 
@@ -183,19 +203,21 @@ def _check_qkv(q: Any, k: Any, v: Any, names: Names) -> tuple[int, int, int, int
     k_batch, kv_heads, k_len, k_head_dim = k_shape
     v_batch, v_heads, v_len, _ = v_shape
     if head_dim == 0:
-        raise ValueError(f"{q_name}: expected a head dim of at least 1, got {tuple(q.shape)}")
+        raise RefusedValue(f"{q_name}: expected a head dim of at least 1, got {tuple(q.shape)}")
     if k_batch != batch:
-        raise ValueError(f"{k_name}: expected {q_name}'s batch size {batch}, got {k_batch}")
+        raise RefusedValue(f"{k_name}: expected {q_name}'s batch size {batch}, got {k_batch}")
     if v_batch != batch:
-        raise ValueError(f"{v_name}: expected {q_name}'s batch size {batch}, got {v_batch}")
+        raise RefusedValue(f"{v_name}: expected {q_name}'s batch size {batch}, got {v_batch}")
     if k_head_dim != head_dim:
-        raise ValueError(f"{k_name}: expected {q_name}'s head dim {head_dim}, got {k_head_dim}")
+        raise RefusedValue(f"{k_name}: expected {q_name}'s head dim {head_dim}, got {k_head_dim}")
     if v_heads != kv_heads:
-        raise ValueError(f"{v_name}: expected {k_name}'s number of heads {kv_heads}, got {v_heads}")
+        raise RefusedValue(
+            f"{v_name}: expected {k_name}'s number of heads {kv_heads}, got {v_heads}"
+        )
     if v_len != k_len:
-        raise ValueError(f"{v_name}: expected {k_name}'s sequence length {k_len}, got {v_len}")
+        raise RefusedValue(f"{v_name}: expected {k_name}'s sequence length {k_len}, got {v_len}")
     if kv_heads != heads and (kv_heads == 0 or heads % kv_heads != 0):
-        raise ValueError(
+        raise RefusedValue(
             f"{q_name}: expected a number of heads that is a multiple of {k_name}'s {kv_heads}, "
             f"got {heads}"
         )
@@ -206,51 +228,51 @@ def _refuse_unlike(names: Names, q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raises for the first of them that has not four dimensions, q's dtype and q's device."""
     for name, x in zip(names[:3], (q, k, v), strict=True):
         if x.dim() != 4:
-            raise ValueError(
+            raise RefusedValue(
                 f"{name}: expected 4 dimensions (batch, heads, sequence, head_dim), "
                 f"got shape {tuple(x.shape)}"
             )
         if x.dtype is not q.dtype:
-            raise TypeError(f"{name}: expected {names.q}'s dtype {q.dtype}, got {x.dtype}")
+            raise RefusedType(f"{name}: expected {names.q}'s dtype {q.dtype}, got {x.dtype}")
         if x.device != q.device:
-            raise ValueError(f"{name}: expected {names.q}'s device {q.device}, got {x.device}")
+            raise RefusedValue(f"{name}: expected {names.q}'s device {q.device}, got {x.device}")
 
 
 def _check_bias(name: str, bias: Any, q: Tensor, full: tuple[int, ...]) -> None:
     check_tensor(name, bias)
     if is_causal_bias(bias):
-        raise TypeError(f"{name}: expected a tensor of numbers, got a CausalBias; pass causal")
+        raise RefusedType(f"{name}: expected a tensor of numbers, got a CausalBias; pass causal")
     if bias.dtype not in (torch.bool, torch.float32, q.dtype):
-        raise TypeError(f"{name}: expected bool, float32 or {q.dtype}, got {bias.dtype}")
+        raise RefusedType(f"{name}: expected bool, float32 or {q.dtype}, got {bias.dtype}")
     if bias.device != q.device:
-        raise ValueError(f"{name}: expected device {q.device}, got {bias.device}")
+        raise RefusedValue(f"{name}: expected device {q.device}, got {bias.device}")
     check_broadcasts(name, bias, full)
 
 
 def _check_per_head(name: str, x: Any, q: Tensor, shapes: tuple[tuple[int, ...], ...]) -> None:
     check_tensor(name, x)
     if not x.dtype.is_floating_point:
-        raise TypeError(f"{name}: expected a floating-point dtype, got {x.dtype}")
+        raise RefusedType(f"{name}: expected a floating-point dtype, got {x.dtype}")
     if x.device != q.device:
-        raise ValueError(f"{name}: expected device {q.device}, got {x.device}")
+        raise RefusedValue(f"{name}: expected device {q.device}, got {x.device}")
     if tuple(x.shape) not in shapes:
         expected = " or ".join(str(shape) for shape in shapes)
-        raise ValueError(f"{name}: expected shape {expected}, got {tuple(x.shape)}")
+        raise RefusedValue(f"{name}: expected shape {expected}, got {tuple(x.shape)}")
 
 
 def check_tensor(name: str, x: Any) -> None:
     """TypeError unless x is a dense tensor."""
     if isinstance(x, Tensor) and x.layout is _STRIDED and not x.is_nested:
         if type(x) is not Tensor and type(x).__name__ == "DTensor":  # importing it takes long
-            raise TypeError(
+            raise RefusedType(
                 f"{name}: expected a tensor of this process, got a DTensor; call with to_local(), "
                 "or inside fastattn.override(), where torch's own function serves it"
             )
         return
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {_got(x)}")
+        raise RefusedType(f"{name}: expected a torch.Tensor, got {_got(x)}")
     got = "a nested tensor" if x.is_nested else f"layout {x.layout}"
-    raise TypeError(f"{name}: expected a dense (strided) tensor, got {got}")
+    raise RefusedType(f"{name}: expected a dense (strided) tensor, got {got}")
 
 
 def is_causal_bias(x: Tensor) -> bool:
@@ -264,13 +286,13 @@ def is_causal_bias(x: Tensor) -> bool:
 def check_dtype(name: str, x: Tensor) -> None:
     """TypeError unless x has one of the four dtypes that the kernels compute in."""
     if x.dtype not in DTYPES:
-        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {x.dtype}")
+        raise RefusedType(f"{name}: expected float32, bfloat16, float16 or float64, got {x.dtype}")
 
 
 def check_broadcasts(name: str, bias: Tensor, full: tuple[int, ...]) -> None:
     """ValueError unless ``bias`` expands to ``full``, the shape of the scores."""
     if not broadcasts(bias.shape, full):
-        raise ValueError(
+        raise RefusedValue(
             f"{name}: expected a shape that broadcasts to (batch, heads, q_len, k_len) = "
             f"{tuple(full)}, got {tuple(bias.shape)}"
         )
@@ -287,20 +309,20 @@ def check_number(name: str, value: Any) -> float:
     if type(value) is float and value - value == 0:
         return value
     if isinstance(value, bool) or not isinstance(value, (Real, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"{name}: expected a number, got {_got(value)}")
+        raise RefusedType(f"{name}: expected a number, got {_got(value)}")
     try:
         number = float(value)
     except OverflowError:  # an integer beyond the largest float
         number = math.inf
     if number - number != 0:  # nan or infinite, in a form that torch.compile can trace
-        raise ValueError(f"{name}: expected a finite number, got {number}")
+        raise RefusedValue(f"{name}: expected a finite number, got {number}")
     return number
 
 
 def check_flag(name: str, value: Any) -> None:
     """TypeError unless ``value`` is a bool: what is merely true or false is a mistake."""
     if not isinstance(value, (bool, torch.SymBool)):
-        raise TypeError(f"{name}: expected a bool, got {_got(value)}")
+        raise RefusedType(f"{name}: expected a bool, got {_got(value)}")
 
 
 def is_integer(value: Any) -> bool:
@@ -316,7 +338,7 @@ def check_dropout(p: Any, name: str = "dropout_p") -> float:
         return 0.0
     p = check_number(name, p)
     if not 0.0 <= p <= 1.0:
-        raise ValueError(f"{name}: expected a probability in [0, 1], got {p}")
+        raise RefusedValue(f"{name}: expected a probability in [0, 1], got {p}")
     return p
 
 

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .ops import attention as attention_ops
 from .ops import layer_norm as layer_norm_ops
 from .ops import softmax as softmax_ops
-from .spec import DTYPES, is_causal_bias
+from .spec import DTYPES, Refusal, is_causal_bias
 
 _PARAMETER = torch.nn.Parameter
 _sdpa = F.scaled_dot_product_attention
@@ -60,7 +60,7 @@ def scaled_dot_product_attention(
     if served(query, key, value) and _is_mask(attn_mask):
         try:
             return attention_ops.scaled_dot_product_attention(*arguments, **keywords)
-        except (TypeError, ValueError):
+        except Refusal:
             return _sdpa(*arguments, **keywords)
     return _sdpa(*arguments, **keywords)
 
@@ -79,8 +79,8 @@ def layer_norm(
     if autocasts_to_float32("layer_norm", input):
         input, weight, bias = _to_float32(input), _to_float32(weight), _to_float32(bias)
     try:
-        return layer_norm_ops.layer_norm(input, tuple(normalized_shape), weight, bias, eps)
-    except (TypeError, ValueError):
+        return layer_norm_ops.layer_norm(input, normalized_shape, weight, bias, eps)
+    except Refusal:
         return F.layer_norm(*given)
 
 
@@ -97,8 +97,8 @@ def rms_norm(
     if autocasts_to_float32("rms_norm", input):
         input, weight = _to_float32(input), _to_float32(weight)
     try:
-        return layer_norm_ops.rms_norm(input, tuple(normalized_shape), weight, eps)
-    except (TypeError, ValueError):
+        return layer_norm_ops.rms_norm(input, normalized_shape, weight, eps)
+    except Refusal:
         return F.rms_norm(*given)
 
 
@@ -126,7 +126,7 @@ def softmax(
         dtype = torch.float32
     try:
         return softmax_ops.softmax(input, dim, dtype)
-    except (TypeError, ValueError):
+    except Refusal:
         return F.softmax(*given)
 
 

@@ -1,5 +1,6 @@
 """override and torch's registry of flash attention: torch's calls served, and given back."""
 
+import math
 import subprocess
 import sys
 import threading
@@ -13,7 +14,9 @@ from torch.nn import attention as torch_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastattn
+import fastattn.nn
 from fastattn import overriding, torch_calls
+from fastattn.backends import BACKENDS
 
 
 def test_override_routes_the_four_and_puts_them_back(calls):
@@ -69,7 +72,7 @@ def test_override_has_torchs_errors_and_ours_before_them():
         (lambda: F.layer_norm(x, (9,)), "input: expected shape"),
         (lambda: F.rms_norm(x, ()), "normalized_shape: expected"),
         (lambda: F.layer_norm([1.0], (1,)), None),
-        (lambda: F.softmax(x, 3), None),
+        (lambda: F.softmax(x, 3), "dim: expected one of"),
     ]
     for mistake, ours in mistakes:
         with pytest.raises(Exception) as theirs:
@@ -79,6 +82,53 @@ def test_override_has_torchs_errors_and_ours_before_them():
         if ours is not None:
             assert str(got.value) == str(theirs.value)
             assert ours in str(got.value.__context__)
+
+
+def test_what_only_torch_takes_goes_to_torch(calls):
+    x, empty = randn(1, 2, 3, 8), torch.empty(1, 2, 3, 0)
+    takes = [
+        lambda: F.scaled_dot_product_attention(x, x, x, scale=torch.tensor(0.3)),
+        lambda: F.scaled_dot_product_attention(empty, empty, x),
+        lambda: F.layer_norm(x, (8,), eps=math.inf),
+        lambda: F.rms_norm(x, [torch.tensor(8)]),
+        lambda: F.softmax(x, torch.tensor(1)),
+    ]
+    for call in takes:
+        expected = call()
+        with fastattn.override():
+            assert torch.equal(call(), expected)
+    assert calls == []
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def compiled(x):
+        with fastattn.override():
+            return F.layer_norm(x, (8,), eps=math.inf)
+
+    assert torch.equal(compiled(x), torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("kind", [TypeError, ValueError, IndexError])
+def test_a_mistake_of_ours_is_not_hidden_by_torchs_result(kind, monkeypatch):
+    def broken(*args, **keywords):
+        raise kind("a mistake in the backend")
+
+    for backend in BACKENDS.values():
+        for op in ("attention", "layer_norm", "softmax"):
+            monkeypatch.setattr(backend, f"{op}_forward", broken)
+    x = randn(1, 2, 3, 8)
+    calls = [
+        lambda: F.scaled_dot_product_attention(x, x, x),
+        lambda: F.layer_norm(x, (8,)),
+        lambda: F.rms_norm(x, (8,)),
+        lambda: F.softmax(x, -1),
+    ]
+    for call in calls:
+        with fastattn.override(), pytest.raises(kind, match="a mistake in the backend"):
+            call()
+    attention = fastattn.nn.MultiheadAttention(8, 2)
+    for module, inputs in ((fastattn.nn.LayerNorm(8), (x,)), (attention, (x[0],) * 3)):
+        with pytest.raises(kind, match="a mistake in the backend"):
+            module(*inputs)
 
 
 def test_causal_biases_of_torch_are_served(calls):

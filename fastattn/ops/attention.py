@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import dispatch, library, reference
 from ..backends.base import statistics_dtype
 from ..dispatch import Explanation, Request
-from ..spec import AttentionSpec, Names, check_flag, check_tensor, is_causal_bias
+from ..spec import AttentionSpec, Names, RefusedValue, check_flag, check_tensor, is_causal_bias
 
 _TORCH_NAMES = Names("query", "key", "value", bias="attn_mask")
 
@@ -109,14 +109,16 @@ def scaled_dot_product_attention(
     for name, x in (("query", query), ("key", key), ("value", value)):
         check_tensor(name, x)
         if x.dim() < 2:
-            raise ValueError(f"{name}: expected at least 2 dimensions, got shape {tuple(x.shape)}")
+            raise RefusedValue(
+                f"{name}: expected at least 2 dimensions, got shape {tuple(x.shape)}"
+            )
     check_flag("is_causal", is_causal)
     check_flag("enable_gqa", enable_gqa)
     causal: bool | str = "top_left" if is_causal else False
     if attn_mask is not None:
         check_tensor("attn_mask", attn_mask)
         if is_causal:
-            raise ValueError("attn_mask: expected None with is_causal=True, got a tensor")
+            raise RefusedValue("attn_mask: expected None with is_causal=True, got a tensor")
         if is_causal_bias(attn_mask):
             causal, attn_mask = _causal_of(attn_mask, query.shape[-2], key.shape[-2]), None
     lead = None
@@ -385,7 +387,7 @@ def _to_4d(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[int, ...]]:
     """Broadcasts and folds the leading dimensions to (batch, heads); last, the output's own."""
     if enable_gqa and min(query.dim(), key.dim(), value.dim()) < 3:
-        raise ValueError(
+        raise RefusedValue(
             "enable_gqa: expected inputs of at least 3 dimensions (heads, sequence, head_dim), "
             f"got query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
         )
@@ -410,7 +412,7 @@ def _to_4d(
 def _causal_of(attn_mask: Any, q_len: int, k_len: int) -> str:
     of = (attn_mask.seq_len_q, attn_mask.seq_len_kv)
     if of != (q_len, k_len):
-        raise ValueError(
+        raise RefusedValue(
             f"attn_mask: expected a causal bias of (q_len, k_len) = {(q_len, k_len)}, got {of}"
         )
     return "top_left" if attn_mask.variant.name == "UPPER_LEFT" else "bottom_right"
@@ -425,14 +427,16 @@ def _broadcast(named: tuple[tuple[str, Tensor], ...], dims: slice) -> tuple[int,
         return tuple(torch.broadcast_shapes(*(x.shape[dims] for _, x in named)))
     except RuntimeError:
         got = ", ".join(f"{name} {tuple(x.shape)}" for name, x in named)
-        raise ValueError(f"query: expected leading dimensions that broadcast, got {got}") from None
+        raise RefusedValue(
+            f"query: expected leading dimensions that broadcast, got {got}"
+        ) from None
 
 
 def _expand_mask(attn_mask: Tensor, lead: tuple[int, ...]) -> Tensor:
     try:
         return attn_mask.expand(*lead, *attn_mask.shape[-2:])
     except RuntimeError:
-        raise ValueError(
+        raise RefusedValue(
             f"attn_mask: expected leading dimensions that broadcast to {lead}, "
             f"got {tuple(attn_mask.shape)}"
         ) from None

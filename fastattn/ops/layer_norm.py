@@ -12,7 +12,15 @@ from torch import Tensor
 from .. import dispatch, library, reference
 from ..backends.base import LayerNormCall, statistics_dtype
 from ..dispatch import Request
-from ..spec import check_dropout, check_dtype, check_number, check_tensor, is_integer
+from ..spec import (
+    RefusedType,
+    RefusedValue,
+    check_dropout,
+    check_dtype,
+    check_number,
+    check_tensor,
+    is_integer,
+)
 
 
 def layer_norm(
@@ -241,7 +249,7 @@ def _check(name: str, x: Any, normalized_shape: Any, weight: Any, bias: Any) -> 
     check_dtype(name, x)
     shape = _checked_shape(normalized_shape)
     if tuple(x.shape)[-len(shape) :] != shape:  # torch.Size is slow to slice
-        raise ValueError(
+        raise RefusedValue(
             f"{name}: expected shape (*, {', '.join(str(n) for n in shape)}) to end in "
             f"normalized_shape, got {tuple(x.shape)}"
         )
@@ -250,47 +258,46 @@ def _check(name: str, x: Any, normalized_shape: Any, weight: Any, bias: Any) -> 
     if bias is not None:
         _check_parameter("bias", bias, x, shape)
     if weight is not None and bias is not None and weight.dtype is not bias.dtype:
-        raise TypeError(f"bias: expected weight's dtype {weight.dtype}, got {bias.dtype}")
+        raise RefusedType(f"bias: expected weight's dtype {weight.dtype}, got {bias.dtype}")
     return shape[0] if len(shape) == 1 else math.prod(shape)
 
 
 def _checked_shape(normalized_shape: Any) -> tuple[int, ...]:
-    kind = type(normalized_shape)
-    if kind is tuple and len(normalized_shape) == 1 and type(normalized_shape[0]) is int:
-        return normalized_shape  # nearly always
     listed = isinstance(normalized_shape, (tuple, list))
+    if listed and len(normalized_shape) == 1 and type(normalized_shape[0]) is int:
+        return tuple(normalized_shape)  # nearly always
     if not listed or not all(map(is_integer, normalized_shape)):
-        raise TypeError(
+        raise RefusedType(
             f"normalized_shape: expected a tuple or list of ints, got {normalized_shape!r} "
-            f"({kind.__name__})"
+            f"({type(normalized_shape).__name__})"
         )
     if not normalized_shape:
-        raise ValueError("normalized_shape: expected at least one dimension, got none")
+        raise RefusedValue("normalized_shape: expected at least one dimension, got none")
     return tuple(normalized_shape)
 
 
 def _check_parameter(name: str, param: Any, x: Tensor, shape: tuple[int, ...]) -> None:
     check_tensor(name, param)
     if param.shape != shape:
-        raise ValueError(f"{name}: expected normalized_shape {shape}, got {tuple(param.shape)}")
+        raise RefusedValue(f"{name}: expected normalized_shape {shape}, got {tuple(param.shape)}")
     if param.dtype is not x.dtype and param.dtype is not statistics_dtype(x.dtype):
-        raise TypeError(
+        raise RefusedType(
             f"{name}: expected {x.dtype} or {statistics_dtype(x.dtype)}, got {param.dtype}"
         )
     if param.device != x.device:
-        raise ValueError(f"{name}: expected device {x.device}, got {param.device}")
+        raise RefusedValue(f"{name}: expected device {x.device}, got {param.device}")
 
 
 def _check_residual(x: Tensor, residual: Any) -> None:
     check_tensor("residual", residual)
     if residual.shape != x.shape:
-        raise ValueError(
+        raise RefusedValue(
             f"residual: expected x's shape {tuple(x.shape)}, got {tuple(residual.shape)}"
         )
     if residual.dtype is not x.dtype:
-        raise TypeError(f"residual: expected x's dtype {x.dtype}, got {residual.dtype}")
+        raise RefusedType(f"residual: expected x's dtype {x.dtype}, got {residual.dtype}")
     if residual.device != x.device:
-        raise ValueError(f"residual: expected x's device {x.device}, got {residual.device}")
+        raise RefusedValue(f"residual: expected x's device {x.device}, got {residual.device}")
 
 
 def _as_statistics(x: Any, weight: Any) -> Any:

@@ -9,7 +9,16 @@ from torch import Tensor
 
 from .. import dispatch, library, reference
 from ..dispatch import Request
-from ..spec import DTYPES, broadcasts, check_number, check_tensor, is_integer
+from ..spec import (
+    DTYPES,
+    RefusedIndex,
+    RefusedType,
+    RefusedValue,
+    broadcasts,
+    check_number,
+    check_tensor,
+    is_integer,
+)
 
 
 def softmax(
@@ -66,10 +75,10 @@ def _softmax(
 ) -> Tensor:
     check_tensor("input", x)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in DTYPES):
-        raise TypeError(f"dtype: expected float32, bfloat16, float16 or float64, got {dtype}")
+        raise RefusedType(f"dtype: expected float32, bfloat16, float16 or float64, got {dtype}")
     if x.dtype not in DTYPES:
         if dtype is None or x.dtype.is_complex:
-            raise TypeError(
+            raise RefusedType(
                 f"input: expected float32, bfloat16, float16 or float64, or such a dtype=, "
                 f"got {x.dtype}"
             )
@@ -150,20 +159,20 @@ library.double_backward(
 
 def _check_dim(dim: Any, x: Tensor) -> int:
     if not is_integer(dim):
-        raise TypeError(f"dim: expected an int, got {type(dim).__name__}")
+        raise RefusedType(f"dim: expected an int, got {type(dim).__name__}")
     rank = max(x.dim(), 1)
     if not -rank <= dim < rank:
-        raise IndexError(f"dim: expected one of [{-rank}, {rank - 1}], got {dim}")
+        raise RefusedIndex(f"dim: expected one of [{-rank}, {rank - 1}], got {dim}")
     return int(dim) % rank
 
 
 def _check_mask(mask: Any, x: Tensor, dtype: torch.dtype) -> None:
     check_tensor("mask", mask)
     if mask.dtype not in (torch.bool, torch.float32, x.dtype, dtype):
-        raise TypeError(f"mask: expected bool, float32 or {dtype}, got {mask.dtype}")
+        raise RefusedType(f"mask: expected bool, float32 or {dtype}, got {mask.dtype}")
     if mask.device != x.device:
-        raise ValueError(f"mask: expected device {x.device}, got {mask.device}")
+        raise RefusedValue(f"mask: expected device {x.device}, got {mask.device}")
     if not broadcasts(mask.shape, x.shape):
-        raise ValueError(
+        raise RefusedValue(
             f"mask: expected a shape that broadcasts to {tuple(x.shape)}, got {tuple(mask.shape)}"
         )
