@@ -26,7 +26,8 @@ from .overriding import override
 
 _ORIGINAL = "_fastattn_original_class"
 _OURS = frozenset(ours.OURS.values())
-_LOOKS_ALIKE = re.compile(r"attention|layer_?norm|rms_?norm|softmax", re.IGNORECASE)
+_NORM = re.compile(r"layer_?norm|rms_?norm", re.IGNORECASE)
+_LOOKS_ALIKE = re.compile(rf"attention|{_NORM.pattern}|softmax", re.IGNORECASE)
 
 
 @dataclass
@@ -175,7 +176,7 @@ def _replacement(
     new = ours.OURS.get(kind)
     calls = () if new is not None else _calls(kind)
     form = None if new is not None or calls else rms_modules.recognise(module)
-    if in_transformers and new is None and form is None and not calls:
+    if in_transformers and not (new or form or calls or _NORM.search(kind.__name__)):
         return None, ""  # its attention is the whole model's affair
     concerned = new is not None or calls or form or _LOOKS_ALIKE.search(kind.__name__) is not None
     if not concerned or (new is None and not calls and form is None and _is_container(module)):
@@ -192,12 +193,22 @@ def _replacement(
     if new is not None:
         return new, f"fastattn.nn.{new.__name__}"
     if not calls and form is None:
-        return None, f"{name}: calls none of torch's functions that fastattn serves"
+        return None, f"{name}: {_unknown(module)}"
     if "__reduce__" in _own_names(kind) or "__reduce_ex__" in _own_names(kind):
         return None, f"{name}: pickles itself in its own way"
     if form is not None:
         return _routed(kind, form), f"{name}, an RMS norm, by fastattn"
     return _routed(kind, None), f"{name}, its {' and '.join(calls)} by fastattn"
+
+
+def _unknown(module: nn.Module) -> str:
+    """Why nobody can say what the module's own code computes."""
+    weight = module._parameters.get("weight")
+    if weight is not None and weight.is_meta:
+        return "has no numbers to try it on (meta); patch when they are loaded"
+    if weight is not None and not torch_calls.is_plain(weight):
+        return f"has a {type(weight).__name__} for a weight; patch before"
+    return "calls none of torch's functions that fastattn serves"
 
 
 def _is_sharded(module: nn.Module) -> bool:

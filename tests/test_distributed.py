@@ -1,4 +1,4 @@
-"""A patched model under DDP and FSDP2, on two processes of this machine."""
+"""A patched model under DDP, FSDP2 and tensor parallelism, on two processes of this machine."""
 
 import os
 
@@ -14,6 +14,14 @@ if not distributed.is_available() or not distributed.is_gloo_available():
     pytest.skip("this torch has no gloo", allow_module_level=True)
 
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 RANKS, STEPS = 2, 5
@@ -97,26 +105,104 @@ def together(rank):
     assert [type(model), type(model[0].layers[0]), type(model[1])] == sharded
 
 
-def work(rank, file):
+class RmsNorm(nn.Module):
+    """As models write it out."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.linspace(0.5, 1.5, width)), 1e-6
+
+    def forward(self, x):
+        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps))
+
+
+class SplitAttention(nn.Module):
+    """Each process has the heads that its share of the projections makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = (f(x).unflatten(-1, (-1, 4)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(out.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.norm1, self.attention, self.norm2 = norm(16), SplitAttention(), norm(16)
+        self.feed_forward = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+
+    def forward(self, x):
+        x = x + self.attention(self.norm1(x))
+        return x + self.feed_forward(self.norm2(x))
+
+
+def plan(by_sequence):
+    """Heads and hidden units over the processes; by_sequence: the tokens too, in between."""
+    split = {"output_layouts": Shard(1)} if by_sequence else {}
+    made = {f"attention.{name}": ColwiseParallel() for name in "qkv"}
+    made |= {"attention.out": RowwiseParallel(**split), "feed_forward.0": ColwiseParallel()}
+    made |= {"feed_forward.2": RowwiseParallel(**split)}
+    if by_sequence:  # the norms get DTensors
+        whole = {"input_layouts": Shard(1), "desired_input_layouts": Replicate()}
+        made |= {name: PrepareModuleInput(**whole) for name in ("attention", "feed_forward")}
+        made |= {"norm1": SequenceParallel(), "norm2": SequenceParallel()}
+    return made
+
+
+def in_parallel(rank, norm, by_sequence, patch):
+    """Output and gradients of a block of which each rank has a share; patched before or after."""
+    torch.manual_seed(0)
+    block, x = Block(norm), torch.randn(2, 8, 16)
+    mesh = init_device_mesh("cpu", (RANKS,))
+    if patch == "before":
+        assert len(fastattn.patch(block).replaced) == 3
+    if by_sequence is not None:
+        parallelize_module(block, mesh, plan(by_sequence))
+    if patch == "after":
+        report = fastattn.patch(block)
+        assert "attention" in report.replaced
+        if norm is RmsNorm and by_sequence:
+            assert "RmsNorm: has a DTensor for a weight" in report.left["norm1"]
+    out = block(x.chunk(RANKS, 1)[rank] if by_sequence else x)
+    out.square().sum().backward()
+    if by_sequence:
+        out = DTensor.from_local(out, mesh, [Shard(1)]).full_tensor()
+    grads = [p.grad for p in block.parameters()]
+    return [out, *(g.full_tensor() if isinstance(g, DTensor) else g for g in grads)]
+
+
+def tensor_parallel(rank):
+    for norm in (nn.LayerNorm, nn.RMSNorm, RmsNorm):
+        expected = in_parallel(rank, norm, None, None)
+        for by_sequence in (False, True):
+            for patch in (None, "before", "after"):
+                got = in_parallel(rank, norm, by_sequence, patch)
+                torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+def work(rank, file, on_every_rank):
     torch.set_num_threads(1)
     distributed.init_process_group(
         "gloo", init_method=f"file://{file}", rank=rank, world_size=RANKS
     )
     try:
-        together(rank)
+        on_every_rank(rank)
     finally:
         distributed.destroy_process_group()
 
 
-def test_ddp_and_fsdp_train_a_patched_model_as_an_unpatched_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize("on_every_rank", [together, tensor_parallel])
+def test_a_patched_model_trains_as_an_unpatched_one(on_every_rank, tmp_path, monkeypatch):
     # This machine's own addresses only; a host name need not resolve.
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME", "lo"))
-    torch.multiprocessing.spawn(work, (str(tmp_path / "meeting"),), nprocs=RANKS)
+    torch.multiprocessing.spawn(work, (str(tmp_path / "meeting"), on_every_rank), nprocs=RANKS)
 
 
 def test_distributed_tensors_are_refused_and_torch_serves_them_in_override(monkeypatch):
-    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
-
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME", "lo"))
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:

@@ -402,6 +402,14 @@ def test_rms_norms_are_told_by_what_they_compute():
     assert norm(x.bfloat16()).dtype is torch.bfloat16
 
 
+def test_norms_without_numbers_are_left_and_named():
+    with torch.device("meta"):
+        model = eager("llama")
+    left = fastattn.patch(model).left
+    assert set(left) == {name for name, _ in model.named_modules() if name.endswith("norm")}
+    assert all("LlamaRMSNorm: has no numbers to try it on (meta)" in why for why in left.values())
+
+
 def test_registering_is_asked_for():
     """Importing fastattn neither imports transformers nor registers anything there."""
     code = """
