@@ -235,7 +235,8 @@ class MultiheadAttention(nn.MultiheadAttention):
                     "Use same type for both instead.",
                     stacklevel=3,
                 )
-            key_padding_mask = key_padding_mask.view(-1, 1, 1, key_padding_mask.shape[-1])
+            k_len = key_padding_mask.shape[-1]  # no -1: there may be no query or no key
+            key_padding_mask = key_padding_mask.view(q.shape[0], 1, 1, k_len)
         if attn_mask is not None and attn_mask.dim() == 3:
             attn_mask = attn_mask.view(q.shape[0], self.num_heads, *attn_mask.shape[1:])
         masks = [mask for mask in (attn_mask, key_padding_mask) if mask is not None]
@@ -371,6 +372,8 @@ def _is_causal(mask: Tensor | None, is_causal: bool | None, x: Tensor, batch_fir
         return is_causal is True
     if mask.is_meta or isinstance(mask, torch._subclasses.FakeTensor):
         return False
+    if mask.dtype is not torch.bool and not mask.is_floating_point():
+        return False  # refused by the attention, by its name
     length = x.shape[1 if batch_first and x.dim() == 3 else 0]
     if tuple(mask.shape) != (length, length):
         return False
