@@ -112,11 +112,12 @@ def unpatch(model: nn.Module) -> Report:
     report, plan = Report("restored"), []
     for name, module in model.named_modules():
         original = module.__dict__.get(_ORIGINAL)
-        if original is not None and _is_sharded(module):
-            report.left[name] = (
-                f"{type(module).__name__}: sharded since; unpatch before fully_shard"
-            )
-        elif original is not None:
+        if original is None:
+            continue
+        changed = _changed_since(module)
+        if changed:
+            report.left[name] = f"{type(module).__name__}: {changed}"
+        else:
             plan.append((module, original))
             report.replaced[name] = f"{original.__module__}.{original.__qualname__}"
     _swap(plan, restoring=True)
@@ -214,6 +215,17 @@ def _unknown(module: nn.Module) -> str:
 def _is_sharded(module: nn.Module) -> bool:
     """By ``fully_shard``, which has given it a class of its own."""
     return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
+
+
+def _changed_since(module: nn.Module) -> str:
+    """Why a patched module cannot have its class back: somebody has given it another since."""
+    if _is_sharded(module):
+        return "sharded since; unpatch before fully_shard"
+    if parametrize.is_parametrized(module):
+        return "parametrized since; remove the parametrizations before"
+    if vars(type(module)).get("__prepare_scriptable__") is not ours.refuse_scripting:
+        return "of a class that is not patch's"  # all of that is
+    return ""
 
 
 def _is_container(module: nn.Module) -> bool:

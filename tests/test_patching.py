@@ -202,6 +202,24 @@ def test_what_is_left_says_why():
     assert "parametrized" in report.left["1"]
 
 
+def test_a_class_that_others_made_since_is_left_to_them():
+    class Norm(ours.LayerNorm):
+        pass
+
+    model = nn.ModuleList([nn.MultiheadAttention(16, 4), nn.LayerNorm(4)])
+    fastattn.patch(model)
+    nn.utils.parametrize.register_parametrization(model[0], "in_proj_weight", nn.Identity())
+    model[1].__class__ = Norm
+    report = fastattn.unpatch(model)
+    assert not report.replaced and type(model[1]) is Norm
+    assert "parametrized since" in report.left["0"] and "not patch's" in report.left["1"]
+    x = randn(3, 2, 16)
+    model[0](x, x, x)
+    nn.utils.parametrize.remove_parametrizations(model[0], "in_proj_weight")
+    fastattn.unpatch(model)
+    assert type(model[0]) is nn.MultiheadAttention
+
+
 def test_a_module_used_twice():
     norm = nn.LayerNorm(16)
     model = nn.Sequential(norm, nn.Linear(16, 16), norm)
