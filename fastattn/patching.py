@@ -321,11 +321,17 @@ def _attend_by_fastattn(name: str, top: Any, report: Report) -> None:
             only = f"attention takes {' and '.join(unknown)}, which fastattn's does not"
             report.left[where] = f"{type(top).__name__}: its {only}"
             return
+    library = sys.modules["transformers.modeling_utils"]
+    parts = [part for part in top.modules() if isinstance(part, library.PreTrainedModel)]
+    if any(getattr(part.config, "output_attentions", False) for part in parts):
+        # It would run, but transformers saves no such configuration.
+        only = 'has output_attentions, for which transformers wants "eager"'
+        report.left[where] = f"{type(top).__name__}: its configuration {only}"
+        return
     integration.register()
     top.__dict__[_ATTENTION] = before
-    library = sys.modules["transformers.modeling_utils"]
-    for part in top.modules():  # a part may have a configuration, and an attention, of its own
-        if isinstance(part, library.PreTrainedModel) and part.config is not top.config:
+    for part in parts:  # may have a configuration, and an attention, of its own
+        if part.config is not top.config:
             part.__dict__[_ATTENTION] = part.config._attn_implementation
     top.set_attn_implementation(integration.NAME)
     report.replaced[where] = f'attn_implementation="{integration.NAME}"'

@@ -155,6 +155,16 @@ def test_attentions_that_are_asked_for(family):
             torch.testing.assert_close(a[seen], b[seen], **CLOSE)
 
 
+def test_a_configuration_that_asks_for_attentions_stays_eager_and_can_be_saved(tmp_path):
+    model = eager("llama")
+    model.config.output_attentions = True
+    report = fastattn.patch(model)
+    assert "output_attentions" in report.left["config"] and "model.norm" in report.replaced
+    assert len(model(torch.arange(5)[None]).attentions) == 2
+    model.save_pretrained(tmp_path)
+    assert "fastattn" not in (tmp_path / "config.json").read_text()
+
+
 @families
 def test_patched(family, attention_calls):
     theirs = eager(family)
