@@ -199,7 +199,11 @@ def _replacement(
         return None, f"{name}: pickles itself in its own way"
     if form is not None:
         return _routed(kind, form), f"{name}, an RMS norm, by fastattn"
-    return _routed(kind, None), f"{name}, its {' and '.join(calls)} by fastattn"
+    functions = " and ".join(calls)
+    if in_transformers and isinstance(module, _pretrained()):
+        # All that the model calls would pass by override, and take twice as long for one token.
+        return None, f"{name}: its own {functions} is too little for a whole model"
+    return _routed(kind, None), f"{name}, its {functions} by fastattn"
 
 
 def _unknown(module: nn.Module) -> str:
@@ -303,6 +307,10 @@ def _transformers_models(model: nn.Module) -> list[tuple[str, Any]]:
     return found
 
 
+def _pretrained() -> type[nn.Module]:
+    return sys.modules["transformers.modeling_utils"].PreTrainedModel
+
+
 def _attend_by_fastattn(name: str, top: Any, report: Report) -> None:
     from .integrations import transformers as integration
 
@@ -321,8 +329,7 @@ def _attend_by_fastattn(name: str, top: Any, report: Report) -> None:
             only = f"attention takes {' and '.join(unknown)}, which fastattn's does not"
             report.left[where] = f"{type(top).__name__}: its {only}"
             return
-    library = sys.modules["transformers.modeling_utils"]
-    parts = [part for part in top.modules() if isinstance(part, library.PreTrainedModel)]
+    parts: list[Any] = [part for part in top.modules() if isinstance(part, _pretrained())]
     if any(getattr(part.config, "output_attentions", False) for part in parts):
         # It would run, but transformers saves no such configuration.
         only = 'has output_attentions, for which transformers wants "eager"'

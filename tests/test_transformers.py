@@ -171,7 +171,8 @@ def test_patched(family, attention_calls):
     mine = copy.deepcopy(theirs)
     before = [type(module) for module in mine.modules()]
     report = fastattn.patch(mine)
-    assert report.replaced["config"] == 'attn_implementation="fastattn"' and not report.left
+    assert report.replaced["config"] == 'attn_implementation="fastattn"'
+    assert set(report.left) <= {""}  # a whole model's own softmax
     assert mine.config._attn_implementation == "fastattn"
     norms = [name for name, m in mine.named_modules() if "norm" in type(m).__name__.lower()]
     assert norms and all(name in report.replaced for name in norms)
@@ -410,6 +411,13 @@ def test_rms_norms_are_told_by_what_they_compute():
     x = torch.randn(3, 8)
     assert norm(x).dtype is torch.float32  # of two dtypes: its own code
     assert norm(x.bfloat16()).dtype is torch.bfloat16
+
+
+def test_a_whole_model_does_not_pass_by_override_for_its_routers_loss():
+    model = eager("gpt_oss")
+    report = fastattn.patch(model)
+    assert report.left[""] == "GptOssForCausalLM: its own F.softmax is too little for a whole model"
+    assert "F.softmax by fastattn" in report.replaced["model.layers.0.mlp.router"]
 
 
 def test_norms_without_numbers_are_left_and_named():
