@@ -7,6 +7,7 @@ that do not spill registers, and fit the shared memory of the architecture, for 
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -130,6 +131,22 @@ def forward_config(
 ) -> Config:
     """``rows``: what there is for a tile to take; ``special``: specialised warps can serve it;
     ``plain``: nothing but a mask, which takes no registers, stands between product and softmax."""
+    # Beyond LARGE all lengths are one: keys that grow with each token ask but once.
+    rows, k_len = min(rows, LARGE), min(k_len, LARGE)
+    return _forward_config(arch, dtype, head_dim, v_dim, rows, k_len, special, plain)
+
+
+@functools.lru_cache(1024)
+def _forward_config(
+    arch: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    v_dim: int,
+    rows: int,
+    k_len: int,
+    special: bool,
+    plain: bool,
+) -> Config:
     large = min(rows, k_len) >= LARGE
     if large and special and arch in _SPECIALIZED and max(head_dim, v_dim) <= 128:
         return _SPECIALIZED[arch]
@@ -147,13 +164,21 @@ def forward_config(
 def backward_config(
     arch: str, dtype: torch.dtype, head_dim: int, v_dim: int, q_len: int, k_len: int
 ) -> BackwardConfig:
+    return _backward_config(arch, dtype, head_dim, v_dim, min(q_len, k_len) >= LARGE)
+
+
+@functools.lru_cache(1024)
+def _backward_config(
+    arch: str, dtype: torch.dtype, head_dim: int, v_dim: int, large: bool
+) -> BackwardConfig:
     _, dq, dkdv = _sweeps(arch, dtype, head_dim, v_dim)
-    if min(q_len, k_len) < LARGE:  # descriptors take the host longer than they save
+    if not large:  # descriptors take the host longer than they save
         dq, dkdv = dq._replace(tma=False), dkdv._replace(tma=False)
     small = Config(min(dq.block_m, 32), min(dq.block_n, 32), 4, 1)
     return BackwardConfig(small, dq, dkdv, small)
 
 
+@functools.lru_cache(1024)
 def attention_problem(
     dtype: torch.dtype, head_dim: int, v_dim: int, rows: int, special: bool = False
 ) -> str:

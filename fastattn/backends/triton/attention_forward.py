@@ -383,7 +383,7 @@ def forward_launches(
         config = tuned("attention_forward", name, call.q.device, config)
     if config.specialize and special:
         return specialized.specialized_launches(call, problem, out, lse, config)
-    static = static_of(call, score, config, (call.k, call.v))._replace(grouped=grouped)
+    static = static_of(call, score, config, (call.k, call.v), grouped)
     k: Any = View.of(call.k)
     v: Any = View.of(call.v)
     if static.tma:

@@ -111,7 +111,11 @@ def is_plain(call: AttentionCall, problem: Problem) -> bool:
 
 
 def static_of(
-    call: AttentionCall, score: Score, config: Config, walked: tuple[Tensor, ...] = ()
+    call: AttentionCall,
+    score: Score,
+    config: Config,
+    walked: tuple[Tensor, ...] = (),
+    grouped: bool = False,
 ) -> Static:
     """``walked``: the tensors of which a loop fetches tiles."""
     head_dim, v_dim, dtype = call.q.shape[3], call.v.shape[3], call.q.dtype
@@ -128,7 +132,7 @@ def static_of(
         block_n=config.block_n,
         modified=not plain or float32,
         exact=float32,
-        grouped=False,
+        grouped=grouped,
         precision=float32_precision() if float32 else "ieee",
         tma=4 if tma else 0,
         specialize=False,

@@ -55,7 +55,7 @@ class KernelVariant:
     instructions: tuple[str, ...] = ()  # tensor-core instructions that must occur in its assembly
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # made at every call: not frozen, which takes twice as long to make
 class Launch:
     """One launch of a kernel: what runs, on what, and with which compile-time choices."""
 
@@ -83,12 +83,12 @@ class Launch:
     def start(self, num_stages: int) -> None:
         if self.describes:
             triton.set_allocator(_workspace)
-        self.function[self.grid](**self.keywords() | {"num_stages": num_stages})
+        self.function[self.grid](**self.keywords(num_stages))
 
-    def keywords(self) -> dict[str, Any]:
+    def keywords(self, num_stages: int) -> dict[str, Any]:
         """What the kernel is called with, its options among them."""
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        return self.arguments | self._compile_time() | options
+        options = {"num_warps": self.num_warps, "num_stages": num_stages}
+        return {**self.arguments, **self._compile_time(), **options}
 
     def _compile_time(self) -> dict[str, Any]:
         return {
@@ -179,18 +179,14 @@ class _Typed:
 
 def describable(x: Tensor) -> bool:
     """Whether tensor descriptors, and so the tensor memory accelerator, can speak of x."""
-    unit = x.element_size()
-    return (
-        0 < x.shape[3] <= 256
-        and x.stride(3) == 1
-        and 0 not in x.shape
-        and (x.is_meta or x.data_ptr() % 16 == 0)
-        and all(
-            step > 0 and step * unit % 16 == 0
-            for step, size in zip(x.stride()[:3], x.shape, strict=False)
-            if size > 1
-        )
-    )
+    shape, strides = x.shape, x.stride()
+    if strides[3] != 1 or not 0 < shape[3] <= 256 or not (x.is_meta or x.data_ptr() % 16 == 0):
+        return False
+    unit = 16 // x.element_size()
+    for size, step in zip(shape[:3], strides, strict=False):  # a loop: this runs at every call
+        if size == 0 or (size > 1 and (step <= 0 or step % unit)):
+            return False
+    return True
 
 
 def describe(x: Tensor, rows: int) -> TensorDescriptor:
@@ -228,6 +224,11 @@ def processors(device: torch.device) -> int:
 def float32_precision() -> str:
     """The ``input_precision`` of tl.dot for float32: what torch's own products may use."""
     return "tf32" if torch.get_float32_matmul_precision() != "highest" else "ieee"
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up: triton.cdiv does it in two microseconds."""
+    return -(-a // b)
 
 
 def next_power_of_two(n: int) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..base import LayerNormCall, Needs
 from ..rows import rows_of
-from .kernel import Launch, architecture, processors
+from .kernel import Launch, architecture, cdiv, processors
 from .philox import philox
 from .row_config import (
     RowConfig,
@@ -196,7 +196,7 @@ def forward_launch(
         "sizes": Sizes.of(sizes), "width": call.width, "eps": call.eps,
     }  # fmt: skip
     tile = {"R": config.block_rows, "W": config.block_width}
-    grid = (triton.cdiv(rstd.numel(), config.block_rows),)
+    grid = (cdiv(rstd.numel(), config.block_rows),)
     return launch_of(kernel, grid, given, tile, config.num_warps)
 
 
@@ -421,11 +421,11 @@ def backward_launches(
         config = layer_norm_backward_config(arch, width, rows)
         problem = row_problem(source.dtype, config)
         config = tuned("layer_norm_backward", problem, source.device, config)
-    tiles = triton.cdiv(rows, config.block_rows)
+    tiles = cdiv(rows, config.block_rows)
     if config.looped:
         weights_tile = dict(zip("RW", column_tile(width, machine, 512), strict=True))
-        blocks = triton.cdiv(width, weights_tile["W"])
-        programs = min(triton.cdiv(rows, weights_tile["R"]), triton.cdiv(4 * machine, blocks))
+        blocks = cdiv(width, weights_tile["W"])
+        programs = min(cdiv(rows, weights_tile["R"]), cdiv(4 * machine, blocks))
     else:
         programs = min(tiles, machine * max(1, 16 // config.num_warps))
 
@@ -454,7 +454,7 @@ def backward_launches(
             kernel = layer_norm_weights_kernel
             launches.append(launch_of(kernel, (blocks, programs), given, weights_tile, 8))
         sum_tile = dict(zip("PW", column_tile(width, machine, 64), strict=True))
-        blocks = triton.cdiv(width, sum_tile["W"])
+        blocks = cdiv(width, sum_tile["W"])
         launches.append(launch_of(sum_programs_kernel, (blocks,), given, sum_tile, 8))
     return launches
 

@@ -3,6 +3,7 @@ call tunes nothing."""
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ class RowConfig(NamedTuple):
     looped: bool  # the row does not fit: it is walked, block by block
 
 
+@functools.lru_cache(1024)
 def row_config(arch: str, width: int, rows: int, limit: int) -> RowConfig:
     """Tiles of (block_rows, block_width): whole rows where they fit, several of them if short."""
     block_width = max(next_power_of_two(width), 16)
@@ -37,6 +39,7 @@ def row_config(arch: str, width: int, rows: int, limit: int) -> RowConfig:
     return RowConfig(block_rows, block_width, warps_for(arch, block_rows * block_width), looped)
 
 
+@functools.lru_cache(1024)
 def column_config(arch: str, width: int, inner: int) -> RowConfig:
     """The same for columns, adjacent in memory: block_rows counts them, at least 32 where there are
     as many, for whole cache lines."""
@@ -69,6 +72,7 @@ def softmax_config(arch: str, sizes: tuple[int, ...], backward: bool = False) ->
     return row_config(arch, width, n0 * n1 * n2, limit)
 
 
+@functools.lru_cache(1024)
 def row_problem(dtype: torch.dtype, config: RowConfig) -> str:
     """Under what a tuned configuration is kept."""
     return f"{str(dtype).removeprefix('torch.')}, {config.block_width} wide"

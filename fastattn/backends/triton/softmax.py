@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..base import SoftmaxCall
 from ..rows import columns_of
-from .kernel import LOG2E, Launch, architecture
+from .kernel import LOG2E, Launch, architecture, cdiv
 from .row_config import RowConfig, row_problem, softmax_config
 from .rows import Lines, Sizes, contiguous_like, launch_of, row_address
 from .tuned import tuned
@@ -216,9 +216,9 @@ def _launch(
     n0, n1, n2, width, inner = sizes
     given |= {"sizes": Sizes.of(sizes), "width": width, "inner": None if inner == 1 else inner}
     rows = n0 * n1 * n2
-    programs = rows * triton.cdiv(inner, config.block_rows)
+    programs = rows * cdiv(inner, config.block_rows)
     if inner == 1:
-        programs = triton.cdiv(rows, config.block_rows)
+        programs = cdiv(rows, config.block_rows)
     tile = {"LOG": log, "L": config.block_rows, "W": config.block_width}
     return launch_of(kernels[config.looped], (programs,), given, tile, config.num_warps)
 
