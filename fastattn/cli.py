@@ -110,11 +110,7 @@ def info(options: argparse.Namespace) -> int:
         else:
             rows.append((name, (f"unavailable: {reason}", BAD)))
     console.pairs("Backends, first choice first", rows)
-    if costs := overhead.host_microseconds():
-        console.pairs(
-            "A call of Triton's on the host, without the driver",
-            [(name, str(cost)) for name, cost in costs.items()],
-        )
+    overhead.show(console)
     console.line("fastattn.explain(q, k, v, ...) says which one serves a call, and why.", DIM)
     return 0
 
@@ -138,9 +134,15 @@ def tune(options: argparse.Namespace) -> int:
     if reason := BACKENDS["triton"].unavailable():
         console.line(f"fastattn tune: nothing to tune: triton: {reason}", BAD)
         return 1
-    from .backends.triton import tune
+    import torch
 
-    return tune.tune(console, options.op)
+    from .backends.triton import tune
+    from .bench import overhead
+
+    status = tune.tune(console, options.op)
+    if torch.cuda.is_available():  # else it has said why there is nothing to tune
+        overhead.show(console, torch.device("cuda", torch.cuda.current_device()))
+    return status
 
 
 if __name__ == "__main__":

@@ -111,9 +111,7 @@ def test_a_run_writes_json_and_plots(device, liger, uncompiled, monkeypatch, tmp
     assert raw["machine"]["gpu"] == "a GPU" and raw["machine"]["gpu_capability"] == "9.0"
     assert set(raw["ceilings"]["arithmetic"]) == {"float32", "bfloat16", "float16"}
     assert raw["ceilings"]["copy"] > 0
-    assert set(raw["host_us"]) == {
-        f"{op}{way}" for op in ("attention", "layer_norm", "softmax") for way in ("", " backward")
-    }
+    assert {"attention", "softmax backward", "decode"} < set(raw["host_us"])
     found = Report.load(tmp_path / "benchmarks/results/cuda.json")
     forward, backward, small, *rows = found.results
     assert not any(result.failure for result in found.results)

@@ -141,9 +141,48 @@ def test_without_a_device_it_says_so(capsys, monkeypatch):
     assert "fastattn tune: nothing to tune: triton: needs a GPU" in capsys.readouterr().out
 
 
+CALLS = {f"{op}{way}" for op in ("attention", "layer_norm", "softmax") for way in ("", " backward")}
+CALLS.add("decode")
+
+
 def test_the_host_side_of_a_call_is_measured():
     """Microseconds, of which nobody should notice more than a few dozen."""
     costs = overhead.host_microseconds()
-    assert len(costs) == 6
+    assert costs.keys() == CALLS
     for cost in costs.values():
         assert 0 < cost.triton < 1000 and 0 < cost.ours < 2000
+    assert costs["softmax"].launches == 1 and costs["decode"].launches == 2  # its keys are split
+
+
+def test_all_that_a_launch_takes_reaches_the_driver():
+    """What the interpreter leaves out, and a GPU would be needed for: Triton's own way of a call."""
+    import fastattn
+
+    launches = []
+    q, kv = torch.zeros(1, 4, 1, 64), torch.zeros(1, 2, 700, 64)
+    with overhead.without_a_driver(launches):
+        fastattn.attention(q, kv, kv, sinks=torch.zeros(4), dropout_p=0.1, backend="triton")
+        fastattn.softmax(kv, dim=2, mask=kv > 0, backend="triton")
+    forward, merge, columns = launches
+    (*grid, _), values = forward[:3], forward[9:]  # what Triton's own comes between
+    assert values[0].ptr is q and values[1].ptr is values[2].ptr is kv
+    parts = values[5]
+    assert grid == [2, parts.splits] and parts.max.shape == (1, 4, 1, parts.splits)
+    assert merge[:3] == (4, 1, 1) and merge[9 + 2] == parts
+    assert columns[:3] == (2 * 64 // 32, 1, 1)
+
+
+def test_the_host_side_is_shown(capsys, monkeypatch):
+    from fastattn.console import Console
+
+    costs = dict.fromkeys(CALLS, overhead.Cost(12.3, 4.5, 2))
+    monkeypatch.setattr(overhead, "host_microseconds", lambda: costs)
+    monkeypatch.setattr(
+        overhead, "launch_microseconds", lambda device, name: dict.fromkeys(CALLS, 67.8)
+    )
+    overhead.show(Console())
+    text = capsys.readouterr().out
+    assert "decode" in text and "12" in text and "driver" not in text
+    overhead.show(Console(), GPU)
+    text = capsys.readouterr().out
+    assert "with the driver" in text and "68" in text
