@@ -129,16 +129,19 @@ def test_logits_out_of_reach(way):
     assert all(x.isfinite().all() for x in (lse, *grads))
 
 
-def test_careful_and_common_agree(monkeypatch):
-    """An infinity in one head's last key makes no difference to a row that does not see it."""
+def test_careful_and_common_agree():
+    """An infinity in one head's last key makes no difference to a row that does not see it, beyond
+    the law's one rounding at the magnitude of the result."""
     q, k, v = numbers(64, 64, dtype=torch.float16)
-    bias = torch.randn(64, 64, dtype=torch.float16)
+    bias = torch.randn(64, 64, generator=torch.Generator().manual_seed(1)).half()
     keywords = {"bias": bias, "softcap": 3.0, "causal": True}
     common = attention(q, k, v, **keywords)
     v[:, :, 63] = math.inf
     careful = attention(q, k, v, **keywords)
     for mine, same in zip(careful[:3], common[:3], strict=True):
-        torch.testing.assert_close(mine[:, :, :63], same[:, :, :63])
+        mine, same = mine[:, :, :63].detach(), same[:, :, :63].detach()
+        rounding = torch.finfo(same.dtype).eps * same.abs().max().item()
+        torch.testing.assert_close(mine, same, rtol=0, atol=rounding)
 
 
 # ------------------------------------------------------------------------ split keys, tiles, repeats
