@@ -2,13 +2,14 @@
 
 The interpreter keeps bfloat16 as uint16 and, up to triton 3.9, computes with the bits as if they
 were integers; it truncates where the hardware rounds; and it lets a NaN through ``tl.maximum``,
-which drops it. It is slow beside: what costs a third of the time and changes no number is
+which drops it. It is slow beside: what costs two thirds of the time and changes no number is
 corrected too. ``tests/interpreted/test_interpreter.py`` holds every one of these to torch, and
 shows that it would notice if the correction were gone.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -78,7 +79,7 @@ def round_to_tf32(x: np.ndarray) -> np.ndarray:
 
 def _is_bf16(handle: TensorHandle) -> bool:
     """Not so what a comparison of bfloat16 returns: bools, under bfloat16's name."""
-    return handle.dtype.scalar == tl.bfloat16 and handle.data.dtype == np.uint16
+    return handle.data.dtype == np.uint16 and handle.dtype.scalar == tl.bfloat16
 
 
 def _widened(handle: TensorHandle) -> TensorHandle:
@@ -99,7 +100,10 @@ def _elementwise(original: Callable[..., TensorHandle]) -> Callable[..., TensorH
     """``original(self, *handles, op)`` in float32 where a handle is bfloat16."""
 
     def corrected(self: Any, *arguments: Any) -> TensorHandle:
-        if not any(isinstance(x, TensorHandle) and _is_bf16(x) for x in arguments):
+        for x in arguments:  # a loop: this runs at every operation
+            if isinstance(x, TensorHandle) and _is_bf16(x):
+                break
+        else:
             return original(self, *arguments)
         wide = (_widened(x) if isinstance(x, TensorHandle) else x for x in arguments)
         return _result(original(self, *wide))
@@ -114,7 +118,7 @@ def _cast(self: Any, src: TensorHandle, dst_type: Any, to_nearest: bool = True) 
         return TensorHandle(narrow_to_bf16(data, to_nearest), dst)
     with np.errstate(over="ignore", invalid="ignore"):
         return TensorHandle(
-            src.data if src.dtype.scalar == dst else data.astype(_get_np_dtype(dst_type)), dst
+            src.data if src.dtype.scalar == dst else data.astype(_np_dtype(dst_type)), dst
         )
 
 
@@ -182,6 +186,8 @@ def _patch_lang_tensor(tensor: Any, scope: Any) -> None:
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
 
+# ------------------------------------------------------------- what is slow, and changes no number
+
 _patch_lang = module._patch_lang
 
 
@@ -192,6 +198,51 @@ def _patch_lang_once(fn: Any) -> Any:
         everything = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
         _PATCHED.append(_patch_lang(everything))
     return module._LangPatchScope()  # of no changes, so that nothing is put back after a launch
+
+
+# Every sum and product of integers was made once more in 64 bits, for an assertion that only debug
+# mode has: two fifths of the time.
+_WITHOUT_DEBUG = dataclasses.replace(module.interpreter_builder.options, sanitize_overflow=False)
+
+
+_NP_DTYPES: dict[str, np.dtype] = {}
+
+
+def _np_dtype(kind: Any) -> np.dtype:
+    """The original makes its table of types anew at every call."""
+    kind = kind.element_ty if isinstance(kind, tl.block_type) else kind
+    found = _NP_DTYPES.get(kind.name)
+    if found is None:
+        found = _NP_DTYPES[kind.name] = _get_np_dtype(kind)
+    return found
+
+
+_make_block_type, _make_tensor = tl.block_type.__init__, tl.tensor.__init__
+_BLOCK_TYPES: dict[tuple[Any, ...], dict[str, Any]] = {}
+_SHAPES: dict[tuple[int, ...], tuple[Any, Any]] = {}
+
+
+def _block_type(self: Any, element_ty: Any, shape: Any) -> None:
+    """A type is made for every result; the same one, once it has been."""
+    key = (element_ty.name, *(getattr(n, "value", n) for n in shape))
+    found = _BLOCK_TYPES.get(key)
+    if found is None:
+        _make_block_type(self, element_ty, shape)
+        _BLOCK_TYPES[key] = dict(vars(self))
+    else:
+        vars(self).update(found, element_ty=element_ty)
+
+
+def _tensor(self: Any, handle: Any, type: Any) -> None:
+    """The same of a tensor's shape."""
+    key = tuple(type.shape) if type.is_block() else ()
+    found = _SHAPES.get(key)
+    if found is None:
+        _make_tensor(self, handle, type)
+        _SHAPES[key] = self.shape, self.numel
+    else:
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = found
 
 
 _run = InterpretedFunction.run
@@ -217,7 +268,14 @@ _CORRECTIONS: dict[Any, dict[str, Any]] = {
         "create_dot": _dot_of,
         "get_bf16": lambda self, x: TensorHandle(narrow_to_bf16(np.array([x])), tl.bfloat16),
     },
-    module: {"_patch_lang_tensor": _patch_lang_tensor, "_patch_lang": _patch_lang_once},
+    module: {
+        "_patch_lang_tensor": _patch_lang_tensor,
+        "_patch_lang": _patch_lang_once,
+        "_get_np_dtype": _np_dtype,
+    },
+    module.interpreter_builder: {"options": _WITHOUT_DEBUG},
+    tl.block_type: {"__init__": _block_type},
+    tl.tensor: {"__init__": _tensor},
     InterpretedFunction: {"run": _run_quietly},
     ReduceOps: {"sum": _in_float32(_sum), "min_max": _in_float32(_min_max)},
 }
