@@ -305,19 +305,22 @@ def test_dropping_everything(length, backend):
 # --------------------------------------------------------------------------------------- addresses
 
 
-def far_apart(shape, dtype):
-    """A tensor whose batches lie 2**31 elements from one another; only its own pages exist."""
-    step = 2**31
-    base = torch.empty((shape[0] - 1) * step + math.prod(shape[1:]) + 1, dtype=dtype)
-    strides = torch.empty(shape, device="meta").stride()
-    x = base.as_strided(shape, (step, *strides[1:]), 1)
+def far_apart(shape, dtype, dim):
+    """A tensor that ends 2**31 elements from its beginning, along ``dim``; only its own pages
+    exist. Where there are many, each stride is a number of 32 bits, and its multiples are not."""
+    step = 2**31 // (shape[dim] - 1) + 7
+    base = torch.empty((shape[dim] - 1) * step + math.prod(shape) + 1, dtype=dtype)
+    strides = list(torch.empty(shape, device="meta").stride())
+    strides[dim] = step
+    x = base.as_strided(shape, strides, 1)
     return x.copy_(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
 
 
+@pytest.mark.parametrize("dim", range(4))
 @pytest.mark.parametrize("q_len", [2, 40])
-def test_offsets_beyond_32_bits(q_len, backend):
-    q = far_apart((2, 2, q_len, 16), torch.bfloat16)
-    k, v = (far_apart((2, 1, 40, 16), torch.bfloat16) for _ in range(2))
+def test_offsets_beyond_32_bits(q_len, dim, backend):
+    q = far_apart((2, 4, q_len, 16), torch.bfloat16, dim)
+    k, v = (far_apart((2, 2, 40, 16), torch.bfloat16, dim) for _ in range(2))
     got = attention_without_poison(q, k, v, backend)
     expected = attention_without_poison(*(x.contiguous() for x in (q, k, v)), backend)
     for mine, same in zip(got, expected, strict=True):
