@@ -144,6 +144,37 @@ def test_careful_and_common_agree():
         torch.testing.assert_close(mine, same, rtol=0, atol=rounding)
 
 
+# ---------------------------------------------------------------------------- precision of float32
+
+ALLOWED = {
+    "legacy": lambda: torch.set_float32_matmul_precision("high"),
+    "products": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    "everything": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+}
+
+
+@pytest.fixture
+def precision():
+    yield
+    torch.backends.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.fp32_precision = "none"  # else it keeps what the line before says
+
+
+@pytest.mark.parametrize("allow", ALLOWED)
+def test_tf32_where_torch_may_use_it(allow, precision):
+    """By each of torch's names for it: one of them makes another raise."""
+    inputs = numbers(40, 50, dtype=torch.float32)
+    exact = fastattn.attention(*(x.double() for x in inputs), backend="reference")
+
+    def error():
+        return (attention(*inputs)[0].double() - exact).abs().max().item()
+
+    assert error() < 2e-6
+    ALLOWED[allow]()
+    assert 2e-5 < error() < 5e-3
+
+
 # ------------------------------------------------------------------------ split keys, tiles, repeats
 
 

@@ -222,8 +222,9 @@ def processors(device: torch.device) -> int:
 
 
 def float32_precision() -> str:
-    """The ``input_precision`` of tl.dot for float32: what torch's own products may use."""
-    return "tf32" if torch.get_float32_matmul_precision() != "highest" else "ieee"
+    """The ``input_precision`` of tl.dot for float32: what torch's own products may use. They have
+    several names for it, and ``torch.get_float32_matmul_precision`` raises for the newer ones."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def cdiv(a: int, b: int) -> int:
