@@ -91,6 +91,18 @@ def test_other_ways_to_fetch(case, way, monkeypatch):
     assert first.specialize == special
 
 
+@pytest.mark.parametrize(("q_len", "k_len"), [(1, 40), (40, 1)])
+def test_one_row_has_no_stride_that_a_descriptor_could_use(q_len, k_len, way):
+    """Its stride may be 1, as here, where descriptors ask for multiples of 16 bytes."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 16, n, generator=generator).mT for n in (q_len, k_len, k_len))
+    q, k, v = (x.contiguous() if x.shape[2] > 1 else x for x in (q.half(), k.half(), v.half()))
+    assert 1 in (q.stride(2), k.stride(2))
+    mine = attention(q, k, v)
+    for x, same in zip(mine, attention(*(x.clone() for x in (q, k, v))), strict=True):
+        assert torch.equal(x, same)
+
+
 # --------------------------------------------------------------------------- the careful second pass
 
 

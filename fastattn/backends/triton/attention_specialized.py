@@ -115,8 +115,10 @@ def _marked(lse, number, first, q_len, ROWS: tl.constexpr):
 
 
 def is_specializable(call: AttentionCall, problem: Problem) -> bool:
-    """Whether specialised warps can serve the call."""
-    return is_plain(call, problem) and all(map(describable, (call.q, call.k, call.v)))
+    """Whether specialised warps can serve the call. The kernel describes tensors by the strides of
+    their rows, and the stride of a single row may be any number."""
+    several = min(problem.sizes.q_len, problem.sizes.k_len) > 1
+    return several and is_plain(call, problem) and all(map(describable, (call.q, call.k, call.v)))
 
 
 def specialized_launches(
