@@ -28,9 +28,7 @@ class Launch:
     def check(self, what: str, program: Any, ptrs: Any, mask: Any, size: int) -> None:
         address, mask = np.broadcast_arrays(ptrs.data, mask.data)
         active = address[mask]
-        inside = np.zeros(active.shape, dtype=bool)
-        for _, begin, end in self.tensors:
-            inside |= (active >= begin) & (active + np.uint64(size) <= end)
+        inside = self._inside(active, size)
         if not inside.all():
             lane = tuple(int(i) for i in np.argwhere(mask)[np.argmin(inside)])
             near = int(active[np.argmin(inside)])
@@ -42,6 +40,17 @@ class Launch:
             )
         if what == "store":
             self.writes.append((program, _line(), active))
+
+    def _inside(self, active: np.ndarray, size: int) -> Any:
+        """Which accesses lie in a tensor; seen at once where one of them has the first and last."""
+        if active.size:
+            first, last = int(active.min()), int(active.max()) + size
+            if any(begin <= first and last <= end for _, begin, end in self.tensors):
+                return np.True_
+        inside = np.zeros(active.shape, dtype=bool)
+        for _, begin, end in self.tensors:
+            inside |= (active >= begin) & (active + np.uint64(size) <= end)
+        return inside
 
     def check_writes(self) -> None:
         if len({program for program, _, _ in self.writes}) < 2:
