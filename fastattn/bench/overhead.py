@@ -35,19 +35,19 @@ def show(console: Console, device: torch.device | None = None) -> None:
     """A table of calls; with a GPU as ``device`` its driver counts as well. Nothing where triton is
     not installed, or is an interpreter."""
     costs = host_microseconds()
-    whole = launch_microseconds(device, "triton") if device else {}
-
-    def all_of(name: str) -> list[float]:
-        return [whole[name]] if whole else []
-
-    if costs:
-        rows: list[list[Cell]] = [
-            [name, str(cost.launches), *(f"{us:.0f}" for us in (*cost[:2], *all_of(name)))]
-            for name, cost in costs.items()
-        ]
-        columns = ("call", "launches", "fastattn", "triton", "with the driver")
-        title = "A call of the Triton backend on the host, microseconds"
-        console.table(title, columns if whole else columns[:-1], rows)
+    if not costs:
+        return
+    columns = ["call", "launches", "fastattn", "triton"]
+    rows: list[list[Cell]] = [
+        [name, str(cost.launches), f"{cost.ours:.0f}", f"{cost.triton:.0f}"]
+        for name, cost in costs.items()
+    ]
+    if device:
+        columns.append("with the driver")
+        whole = launch_microseconds(device, "triton")
+        for row, name in zip(rows, costs, strict=True):
+            row.append(f"{whole[name]:.0f}")
+    console.table("A call of the Triton backend on the host, microseconds", columns, rows)
 
 
 def host_microseconds() -> dict[str, Cost]:
