@@ -89,6 +89,7 @@ def build(
     common += [f"-I{path}" for path in include] + ["-x", "c++"]
     objects = [
         ("emulator", EMULATOR / "emulator.cpp", ["-O2", *emulator]),
+        ("memory", EMULATOR / "memory.cpp", ["-O2", *emulator]),
         ("hopper", EMULATOR / "hopper.cpp", ["-O2", *emulator]),
         ("instructions", EMULATOR / "instructions.cpp", ["-O3", *emulator]),
         ("products", EMULATOR / "products.cpp", ["-O3", *emulator]),
@@ -96,6 +97,8 @@ def build(
         if main
         else ("module", sources / "csrc/cuda/module.cpp", ["-O0"]),
     ]
+    if main:
+        objects.append(("definition", EMULATOR / "definition.cpp", ["-O2"]))
     objects += [
         (name, path, ["-O1", *checked, *flags]) for name, path, flags in kernels(sources, head_dims)
     ]

@@ -1,6 +1,7 @@
 // A program that runs attention on small problems and compares with the definition in float64: for
 // ThreadSanitizer, under which torch would be all noise, and for kernels with mistakes in them.
 #include "check.h"
+#include "definition.h"
 
 using namespace fastattn;
 
@@ -57,43 +58,27 @@ void check_attention(DType dtype, const Variant& variant, const Device& device) 
 
   std::vector<double> want(rows * d), want_lse(rows), want_dq(rows * d), want_dk(keys * d),
       want_dv(keys * d), want_dbias(size_t(m) * n);
+  const auto queries = q.numbers(), key = k.numbers(), value = v.numbers(), up = dout.numbers();
+  std::vector<double> logit(n), dp(n), add(n), keep(n);
   for (int h = 0; h < kHeads; ++h)
     for (int i = 0; i < m; ++i) {
-      const size_t row = size_t(h) * m + i, head = size_t(h / kGroup) * n;
-      const KeyRange seen = p.mask.keys_of(i, n);
-      std::vector<double> logit(n), slope(n, 1), keep(n, 1);
-      double total = variant.modified ? std::exp(sinks[h]) : 0, dot = 0;
-      for (int64_t j = seen.begin; j < seen.end; ++j) {
-        double s = 0;
-        for (int c = 0; c < d; ++c) s += q[row * d + c] * k[(head + j) * d + c];
-        s *= p.scale;
-        if (variant.modified) {
-          const double t = std::tanh(s / 3);
-          slope[j] = 1 - t * t;
-          s = 3 * t - slopes[h] * std::fabs(double(i + n - m - j)) + bias[size_t(i) * n + j];
+      const size_t row = size_t(h) * m + i, at = row * d, head = size_t(h / kGroup) * n * d;
+      DefinedRow defined{&queries[at], &key[head], &value[head],         &up[at],
+                         p.scale,      dlse[row],  p.mask.keys_of(i, n), d};
+      if (variant.modified) {
+        for (int j = 0; j < n; ++j) {
           const Philox word = Philox::at(12345, uint32_t(j) / 4, uint32_t(i), uint32_t(h), 0);
           keep[j] = word.word[j & 3] >= dropout_threshold(0.25) ? 1 / 0.75 : 0;
+          add[j] = bias[size_t(i) * n + j] - slopes[h] * std::fabs(double(i + n - m - j));
         }
-        logit[j] = s;
-        total += std::exp(s);
+        defined.softcap = 3;
+        defined.sink_weight = std::exp(sinks[h]);
+        defined.add = add.data();
+        defined.keep = keep.data();
+        defined.dbias = &want_dbias[size_t(i) * n];
       }
-      want_lse[row] = std::log(total);
-      for (int64_t j = seen.begin; j < seen.end; ++j)
-        for (int c = 0; c < d; ++c)
-          want[row * d + c] += std::exp(logit[j]) / total * keep[j] * v[(head + j) * d + c];
-      for (int c = 0; c < d; ++c) dot += dout[row * d + c] * want[row * d + c];
-      for (int64_t j = seen.begin; j < seen.end; ++j) {
-        double dp = 0;
-        for (int c = 0; c < d; ++c) dp += dout[row * d + c] * v[(head + j) * d + c];
-        const double prob = std::exp(logit[j]) / total;
-        const double dlogit = prob * (keep[j] * dp - dot + dlse[row]);
-        want_dbias[size_t(i) * n + j] += dlogit;
-        for (int c = 0; c < d; ++c) {
-          want_dq[row * d + c] += p.scale * dlogit * slope[j] * k[(head + j) * d + c];
-          want_dk[(head + j) * d + c] += p.scale * dlogit * slope[j] * q[row * d + c];
-          want_dv[(head + j) * d + c] += prob * keep[j] * dout[row * d + c];
-        }
-      }
+      want_lse[row] = defined.define(logit.data(), dp.data(), &want[at], &want_dq[at],
+                                     &want_dk[head], &want_dv[head]);
     }
   expect_close(name + ", out", out.numbers(), want, 2e-2);
   expect_close(name + ", lse", lse.numbers(), want_lse, 1e-3);

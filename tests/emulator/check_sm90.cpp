@@ -1,6 +1,7 @@
 // A program that runs the attention of sm_90a, both directions, on small problems and compares with
 // the definition in float64: for ThreadSanitizer, and for kernels with mistakes in them.
 #include "check.h"
+#include "definition.h"
 
 using namespace fastattn;
 
@@ -12,40 +13,6 @@ struct Problem {
   int left, right;
   int multiprocessors;
 };
-
-// What a row of queries adds up to, in float64. A sanitizer has nothing to watch here, and takes
-// long.
-struct Row {
-  const double *q, *k, *v, *dout;  // k and v of its head
-  double scale, dlse;
-  KeyRange seen;
-  int d;
-};
-#define UNWATCHED \
-  __attribute__((no_sanitize("address"), no_sanitize("thread"), no_sanitize("undefined")))
-UNWATCHED double define(const Row& row, double* logit, double* dp, double* out, double* dq,
-                        double* dk, double* dv) {
-  double total = 0, dot = 0;
-  for (int64_t j = row.seen.begin; j < row.seen.end; ++j) {
-    logit[j] = dp[j] = 0;
-    for (int c = 0; c < row.d; ++c) {
-      logit[j] += row.scale * row.q[c] * row.k[j * row.d + c];
-      dp[j] += row.dout[c] * row.v[j * row.d + c];
-    }
-    total += std::exp(logit[j]);
-  }
-  for (int64_t j = row.seen.begin; j < row.seen.end; ++j) dot += std::exp(logit[j]) / total * dp[j];
-  for (int64_t j = row.seen.begin; j < row.seen.end; ++j) {
-    const double p = std::exp(logit[j]) / total, ds = row.scale * p * (dp[j] - dot + row.dlse);
-    for (int c = 0; c < row.d; ++c) {
-      out[c] += p * row.v[j * row.d + c];
-      dq[c] += ds * row.k[j * row.d + c];
-      dk[j * row.d + c] += ds * row.q[c];
-      dv[j * row.d + c] += p * row.dout[c];
-    }
-  }
-  return std::log(total);
-}
 
 // The largest error; what is no number is off by 1e30.
 double off(const std::vector<double>& got, const std::vector<double>& want) {
@@ -101,10 +68,16 @@ void check(DType dtype, const Problem& problem) {
       want_dv(keys * d), logit(n), dp(n);
   for (size_t row = 0; row < rows; ++row) {
     const size_t at = row * d, head = row / m / kGroup * n * d;
-    want_lse[row] =
-        define({&queries[at], &key[head], &value[head], &up[at], p.scale, up_lse[row],
-                p.mask.keys_of(int64_t(row % m), n), d},
-               logit.data(), dp.data(), &want[at], &want_dq[at], &want_dk[head], &want_dv[head]);
+    const DefinedRow defined{&queries[at],
+                             &key[head],
+                             &value[head],
+                             &up[at],
+                             p.scale,
+                             up_lse[row],
+                             p.mask.keys_of(int64_t(row % m), n),
+                             d};
+    want_lse[row] = defined.define(logit.data(), dp.data(), &want[at], &want_dq[at], &want_dk[head],
+                                   &want_dv[head]);
   }
   const double of_out = off(out.numbers(), want), of_lse = off(lse.numbers(), want_lse),
                of_gradients = std::max({off(dq.numbers(), want_dq), off(dk.numbers(), want_dk),

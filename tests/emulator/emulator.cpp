@@ -1,151 +1,12 @@
-// The scheduler, the memory and the asynchronous copies. Compiled without sanitizers: what lanes
-// hand to one another here is no memory access of the kernel; those that are one are reported.
-#include "emulator.h"
-
-#include <algorithm>
+// The scheduler. Compiled without sanitizers: what lanes hand to one another here is no memory
+// access of the kernel.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <map>
-#include <memory>
-#include <mutex>
-#include <random>
 
-#include "fibre.h"
-
-#ifdef EMULATOR_ASAN
-extern "C" void* __asan_region_is_poisoned(void* begin, size_t size);
-#endif
-#ifdef EMULATOR_TSAN
-extern "C" {
-void __tsan_acquire(void* address);
-void __tsan_release(void* address);
-void __tsan_read_range(void* address, unsigned long size);
-void __tsan_write_range(void* address, unsigned long size);
-}
-#else
-static void __tsan_acquire(void*) {}
-static void __tsan_release(void*) {}
-static void __tsan_read_range(void*, unsigned long) {}
-static void __tsan_write_range(void*, unsigned long) {}
-#endif
+#include "machine.h"
 
 namespace emulator {
-namespace {
-
-constexpr int kLanes = 32;
-constexpr int kMaxThreads = 1024;
-constexpr int kBarriers = 16;
-constexpr int kMaxCluster = 8;  // blocks, of every device that has clusters
-#ifdef EMULATOR_TSAN
-constexpr int kSets = 3;
-#else
-constexpr int kSets = 1;
-#endif
-constexpr size_t kMaxCopies = 1024;       // under way, of a thread
-constexpr size_t kMaxShared = 227 << 10;  // of sm_90
-
-struct Copy {
-  char* shared;
-  const char* source;
-  int size, bytes;
-  int64_t group;
-};
-
-struct Thread {
-  Context context;
-  int index = 0;  // in its block
-  int block = 0;  // in its cluster
-  bool done = false;
-  const char* waits_at = nullptr;
-  Where where{};
-  bool (*ready)(void*) = nullptr;
-  void* ready_state = nullptr;
-  bool last = false;         // waits for the others alone
-  std::vector<Copy> copies;  // under way; room for kMaxCopies, made by the host
-  int64_t group = 0;         // that the next copy belongs to
-};
-
-#ifndef EMULATOR_TSAN  // which is slow enough without
-// What the lanes of a warp read or wrote in shared memory by one line, the n-th time that each of
-// them came there since they last met.
-struct SharedAccess {
-  uint32_t place[kLanes];  // bytes from the block's first
-  uint32_t lanes = 0;
-  int size = 0;
-};
-struct SharedLine {
-  Where where{};
-  size_t turn[kLanes] = {};
-  std::vector<SharedAccess> accesses;
-};
-#endif
-
-struct Warp {
-  uint32_t ready = 0, done = 0;
-  // The collective that lanes are waiting at.
-  const char* name = nullptr;
-  Where where{};
-  uint32_t mask = 0, arrived = 0;
-  const void* in[kLanes];
-  void* out[kLanes];
-  int generation = 0;
-  char sync[2];  // addresses for the order of memory, by turns
-#ifndef EMULATOR_TSAN
-  std::vector<SharedLine> lines;
-#endif
-};
-
-struct Barrier {
-  Where where{};
-  int count = 0, arrived = 0, generation = 0;
-  bool any = false, result = false;
-  uint32_t waiting[kMaxThreads / kLanes] = {};  // lanes of each warp
-  char sync[2];
-};
-
-// A block of the running cluster. Without clusters each block is one.
-struct Block {
-  std::unique_ptr<Thread>* threads = nullptr;
-  Warp warps[kMaxThreads / kLanes];
-  Barrier barriers[kBarriers];
-  unsigned char* shared = nullptr;
-  int64_t at[3] = {0, 0, 0};  // in the grid
-  int done = 0;               // threads that have ended
-  bool started = false;
-};
-
-// Where all threads of a cluster meet.
-struct ClusterBarrier {
-  Where where{};
-  int arrived = 0;
-  int64_t phase = 0;
-  char sync[2];
-};
-
-// One launch at a time; its clusters one after the other.
-struct Machine {
-  std::mutex mutex;
-  Options options;
-  std::mt19937_64 chance;
-  const Launch* launch = nullptr;
-  // ThreadSanitizer has a thread of its own for each thread of kSets blocks, which is slow to make;
-  // only blocks so far apart in the launch are ordered, as if one had waited for the other.
-  std::unique_ptr<Thread> sets[kSets][kMaxThreads];
-  std::unique_ptr<Thread> more[kMaxCluster - 1][kMaxThreads];  // of a cluster's other blocks
-  Block blocks[kMaxCluster];
-  int block_count = 1, warp_count = 0;  // of the cluster, of a block
-  ClusterBarrier cluster;
-  std::vector<void*> left;  // shared memory of blocks that have ended
-  Context host;
-  Thread* running = nullptr;
-  std::string failure;
-  char start = 0, end_of_launch = 0;
-  std::map<std::string, int> conflicts;
-  const char* rare[8] = {};
-  std::map<std::string, int> launches;
-  Unit unit{};
-};
 
 Machine& machine() {
   static Machine* m = [] {
@@ -162,14 +23,14 @@ Machine& machine() {
   return *m;
 }
 
-bool by_chance(Machine& m) { return m.options.completion == Completion::kRandom; }
-
 std::string text(Where w) {
   const char* name = std::strrchr(w.file, '/');
   return std::string(name ? name + 1 : w.file) + ":" + std::to_string(w.line);
 }
 
 // ---- scheduling --------------------------------------------------------------------------------
+
+namespace {
 
 void go_to(Machine& m, Thread* next) {
   Thread* self = m.running;
@@ -178,9 +39,6 @@ void go_to(Machine& m, Thread* next) {
   Context& from = self ? self->context : m.host;
   from.switch_to(next ? next->context : m.host);
 }
-
-Block& here(Machine& m) { return m.blocks[m.running->block]; }
-Warp& warp_of(Machine& m, const Thread& t) { return m.blocks[t.block].warps[t.index / kLanes]; }
 
 Thread* first_of(Block& b, int warp, uint32_t ready) {
   return b.threads[warp * kLanes + __builtin_ctz(ready)].get();
@@ -277,7 +135,7 @@ void wait_here(Machine& m, const char* name, Where where) {
 void thread_main() {
   Machine& m = machine();
   m.running->context.arrived();
-  __tsan_acquire(&m.start);
+  tsan_acquire(&m.start);
   here(m).started = true;
   m.launch->body(m.launch->params);
   Thread& t = *m.running;
@@ -301,56 +159,28 @@ void thread_main() {
   ++block.done;
   warp.ready &= ~bit;
   warp.done |= bit;
-  __tsan_release(&m.end_of_launch);
+  tsan_release(&m.end_of_launch);
   go_to(m, next_or_end(m));
   std::abort();  // never resumed
 }
 
-void note_turns(Machine& m, Where where, int ways) {
-  int& worst = m.conflicts[std::string(m.launch->kernel) + ", " + text(where)];
-  worst = std::max(worst, ways);
-}
-
-#ifndef EMULATOR_TSAN
-// Turns that the banks take: 4 bytes wide, 32 of them; 128 bytes of the lanes at a time, and the
-// same 4 bytes go to all that ask for them.
-int turns_of(const SharedAccess& a) {
-  const int together = 128 / (a.size < 4 ? 4 : a.size);  // lanes
-  int worst = 1;
-  for (int first = 0; first < kLanes; first += together) {
-    uint32_t words[32][kLanes];
-    int turns[32] = {};
-    for (int lane = first; lane < first + together; ++lane) {
-      if (!(a.lanes >> lane & 1)) continue;
-      for (uint32_t word = a.place[lane] / 4; 4 * word < a.place[lane] + a.size; ++word) {
-        uint32_t* bank = words[word % 32];
-        int& turn = turns[word % 32];
-        if (std::find(bank, bank + turn, word) == bank + turn) bank[turn++] = word;
-        worst = std::max(worst, turn);
-      }
-    }
-  }
-  return worst;
-}
-
-// The lanes have met: what they did before is complete.
-void judge_accesses(Machine& m, Warp& warp) {
-  for (SharedLine& line : warp.lines) {
-    for (const SharedAccess& access : line.accesses)
-      if (const int ways = turns_of(access); ways > 1) note_turns(m, line.where, ways);
-    line.accesses.clear();
-    for (size_t& turn : line.turn) turn = 0;
-  }
-}
+// Where the threads of blocks are, by turns. Blocks in one place are ordered for ThreadSanitizer,
+// as if one had waited for the other: three that follow one another must not be, nor those of one
+// rank in three clusters. More places would see more, but its threads are slow to make and to
+// order.
+int slots_for(int cluster) {
+#ifdef EMULATOR_TSAN
+  return cluster == 1 ? 3 : cluster + 1;
 #else
-void judge_accesses(Machine&, Warp&) {}
+  return cluster;
 #endif
+}
 
-// `first`: of the cluster, in the grid.
-void begin_block(Machine& m, int n, int set, int64_t first) {
+// Block n of the cluster that begins with block `first` of the grid and is the `turn`-th to run.
+void begin_block(Machine& m, int n, int64_t turn, int64_t first) {
   const Launch& l = *m.launch;
   Block& b = m.blocks[n];
-  b.threads = n ? m.more[n - 1] : m.sets[set];
+  b.threads = m.slots[(turn * l.cluster + n) % slots_for(l.cluster)];
   b.done = 0;
   b.started = false;
   b.at[0] = (first + n) % l.grid[0];
@@ -358,9 +188,11 @@ void begin_block(Machine& m, int n, int set, int64_t first) {
   b.at[2] = (first + n) / l.grid[0] / l.grid[1];
   // Exactly as large as asked for, so that AddressSanitizer sees the end; full of NaNs.
   const size_t bytes = l.shared_bytes ? l.shared_bytes : 1;
-  void* shared = nullptr;
-  if (posix_memalign(&shared, 1024, bytes)) throw std::bad_alloc();
-  b.shared = static_cast<unsigned char*>(shared);
+  if (!b.shared) {
+    void* shared = nullptr;
+    if (posix_memalign(&shared, 1024, bytes)) throw std::bad_alloc();
+    b.shared = static_cast<unsigned char*>(shared);
+  }
   std::memset(b.shared, 0xFF, bytes);
   for (int i = 0; i < l.threads; ++i) {
     if (!b.threads[i]) {
@@ -381,9 +213,6 @@ void begin_block(Machine& m, int n, int set, int64_t first) {
   for (int w = 0; w < m.warp_count; ++w) {
     b.warps[w].ready = ~0u;
     b.warps[w].done = b.warps[w].arrived = 0;
-#ifndef EMULATOR_TSAN
-    b.warps[w].lines.clear();
-#endif
   }
   for (Barrier& barrier : b.barriers) {
     barrier.arrived = 0;
@@ -391,28 +220,27 @@ void begin_block(Machine& m, int n, int set, int64_t first) {
   }
 }
 
-void run_cluster(Machine& m, int set, int64_t first) {
+void run_cluster(Machine& m, int64_t turn, int64_t first) {
   m.block_count = m.launch->cluster;
   m.warp_count = m.launch->threads / kLanes;
   m.cluster.arrived = 0;
-  for (int n = 0; n < m.block_count; ++n) begin_block(m, n, set, first);
+  for (int n = 0; n < m.block_count; ++n) begin_block(m, n, turn, first);
   m.running = nullptr;
   if (m.unit.begin) m.unit.begin();
-  __tsan_release(&m.start);
+  tsan_release(&m.start);
   go_to(m, next_ready(m));
   if (m.unit.end && m.failure.empty()) {
     const std::string wrong = m.unit.end();
     if (!wrong.empty()) m.failure = name_of(m, *m.blocks[0].threads[0]) + ": " + wrong;
   }
+  if (!m.failure.empty()) each_thread(m, [](Thread& t) { t.context.abandon(); });
   for (int n = 0; n < m.block_count; ++n) {
     Block& b = m.blocks[n];
     for (int w = 0; w < m.warp_count; ++w) judge_accesses(m, b.warps[w]);
-#ifdef EMULATOR_TSAN
-    m.left.push_back(b.shared);  // its threads and the host meet at the end of the launch
-#else
-    std::free(b.shared);
-#endif
+#ifdef EMULATOR_TSAN  // the next block is ordered behind none of these threads
+    m.left.push_back(b.shared);
     b.shared = nullptr;
+#endif
   }
 }
 
@@ -474,10 +302,17 @@ void launch(const Launch& l) {
   const bool backwards = by_chance(m) && (m.options.seed & 1);
   const int64_t clusters = blocks / l.cluster;
   for (int64_t n = 0; n < clusters && m.failure.empty(); ++n)
-    run_cluster(m, int(n % kSets), l.cluster * (backwards ? clusters - 1 - n : n));
-  __tsan_acquire(&m.end_of_launch);
+    run_cluster(m, n, l.cluster * (backwards ? clusters - 1 - n : n));
+  tsan_acquire(&m.end_of_launch);
   for (void* block : m.left) std::free(block);
   m.left.clear();
+  for (Block& b : m.blocks) {
+    std::free(b.shared);
+    b.shared = nullptr;
+#ifndef EMULATOR_TSAN
+    for (Warp& warp : b.warps) warp.lines.clear();
+#endif
+  }
   m.launch = nullptr;
   if (!m.failure.empty()) throw std::runtime_error("emulator: " + m.failure);
 }
@@ -509,7 +344,8 @@ void meet_warp(const char* name, uint32_t mask, const void* in, void* out, Compu
     warp.name = name;
     warp.where = where;
     warp.mask = mask;
-  } else if (std::strcmp(warp.name, name) || warp.where.line != where.line || warp.mask != mask) {
+  } else if ((warp.name != name && std::strcmp(warp.name, name)) || warp.where.line != where.line ||
+             warp.mask != mask) {
     fail(std::string("divergent: one lane at ") + name + ", others at " + warp.name + " (" +
              text(warp.where) + ")",
          where);
@@ -534,9 +370,9 @@ void sync_warp(uint32_t mask, Where where) {
   Machine& m = machine();
   Warp& warp = warp_of(m, *m.running);
   char* order = &warp.sync[warp.generation & 1];
-  __tsan_release(order);
+  tsan_release(order);
   meet_warp("syncwarp", mask, nullptr, nullptr, nullptr, where);
-  __tsan_acquire(order);
+  tsan_acquire(order);
 }
 
 bool sync_block(int id, int count, bool value, Where where) {
@@ -555,7 +391,7 @@ bool sync_block(int id, int count, bool value, Where where) {
     fail("divergent: others are at the barrier of " + text(b.where), where);
   }
   char* order = &b.sync[b.generation & 1];
-  __tsan_release(order);
+  tsan_release(order);
   b.any |= value;
   poll();
   if (++b.arrived == count) {
@@ -572,7 +408,7 @@ bool sync_block(int id, int count, bool value, Where where) {
     block.warps[index / kLanes].ready &= ~(1u << (index % kLanes));
     wait_here(m, "a barrier of the block", where);
   }
-  __tsan_acquire(order);
+  tsan_acquire(order);
   return b.result;
 }
 
@@ -628,7 +464,7 @@ void sync_cluster(Where where) {
     int64_t phase;
   } state{&b, b.phase};
   char* order = &b.sync[b.phase & 1];
-  __tsan_release(order);
+  tsan_release(order);
   if (++b.arrived == m.block_count * m.launch->threads) {
     b.arrived = 0;
     ++b.phase;
@@ -640,121 +476,7 @@ void sync_cluster(Where where) {
         return s.barrier->phase != s.phase;
       },
       &state, where);
-  __tsan_acquire(order);
-}
-
-const void* remote_shared(const void* p, size_t bytes, int rank, Where where) {
-  Machine& m = machine();
-  if (rank < 0 || rank >= m.block_count)
-    fail(
-        "mapa: block " + std::to_string(rank) + " of a cluster of " + std::to_string(m.block_count),
-        where);
-  const auto* at = static_cast<const unsigned char*>(p);
-  const unsigned char* own = here(m).shared;
-  if (at < own || at + bytes > own + m.launch->shared_bytes)
-    fail("ld.shared::cluster: out of shared memory", where);
-  if (uintptr_t(at) % bytes) fail("ld.shared::cluster: misaligned", where);
-  const Block& other = m.blocks[rank];
-  const bool ended = other.done == m.launch->threads;
-  if (!other.started || ended)
-    fail("ld.shared::cluster: block " + std::to_string(rank) + " of the cluster " +
-             (ended ? "has ended" : "may not have started"),
-         where);
-  return other.shared + (at - own);
-}
-
-// ---- plain accesses ----------------------------------------------------------------------------
-
-void note_shared_access(const void* p, size_t bytes, Where where) {
-  Machine& m = machine();
-  const Block& block = here(m);
-  const auto* at = static_cast<const unsigned char*>(p);
-  if (at < block.shared || at + bytes > block.shared + m.launch->shared_bytes)
-    fail("out of shared memory", where);
-  if (uintptr_t(at) % bytes) fail("shared memory: misaligned", where);
-#ifndef EMULATOR_TSAN
-  const int lane = m.running->index % kLanes;
-  std::vector<SharedLine>& lines = warp_of(m, *m.running).lines;
-  const auto here_again = [&](const SharedLine& line) {
-    return line.where.line == where.line && line.where.file == where.file;
-  };
-  auto line = std::find_if(lines.begin(), lines.end(), here_again);
-  if (line == lines.end()) {
-    lines.push_back({where, {}, {}});
-    line = lines.end() - 1;
-  }
-  const size_t turn = line->turn[lane]++;
-  if (turn == line->accesses.size()) line->accesses.emplace_back();
-  SharedAccess& access = line->accesses[turn];
-  access.place[lane] = uint32_t(at - block.shared);
-  access.lanes |= 1u << lane;
-  access.size = int(bytes);
-#endif
-}
-
-// ---- asynchronous copies -----------------------------------------------------------------------
-
-namespace {
-
-void complete(const Copy& c) {
-  __tsan_read_range(const_cast<char*>(c.source), (unsigned long)c.bytes);
-  __tsan_write_range(c.shared, (unsigned long)c.size);
-  __builtin_memcpy(c.shared, c.source, size_t(c.bytes));
-  __builtin_memset(c.shared + c.bytes, 0, size_t(c.size - c.bytes));
-}
-
-}  // namespace
-
-void copy_async(void* shared, const void* source, int size, int bytes, Where where) {
-  Machine& m = machine();
-  auto* to = static_cast<char*>(shared);
-  const auto* from = static_cast<const char*>(source);
-  auto* begin = reinterpret_cast<char*>(here(m).shared);
-  if (to < begin || to + size > begin + m.launch->shared_bytes)
-    fail("copy: out of shared memory", where);
-  if (uintptr_t(to) % size || uintptr_t(from) % size) fail("copy: misaligned", where);
-#ifdef EMULATOR_ASAN
-  if (bytes && __asan_region_is_poisoned(const_cast<char*>(from), size_t(bytes)))
-    fail("copy: out of global memory", where);
-#endif
-  const Copy copy{to, from, size, bytes, m.running->group};
-  if (m.options.completion == Completion::kEager) return complete(copy);
-  // Until it has arrived there is nothing to rely on.
-  __tsan_write_range(to, (unsigned long)size);
-  __builtin_memset(to, 0xFF, size_t(size));
-  if (m.running->copies.size() == kMaxCopies) fail("copy: never waited for", where);
-  m.running->copies.push_back(copy);
-}
-
-void commit_copies() { ++machine().running->group; }
-
-void wait_copies(int groups_left) {
-  Thread& t = *machine().running;
-  size_t kept = 0;
-  for (size_t i = 0; i < t.copies.size(); ++i) {
-    if (t.copies[i].group < t.group - groups_left)
-      complete(t.copies[i]);
-    else
-      t.copies[kept++] = t.copies[i];
-  }
-  t.copies.resize(kept);
-}
-
-void poll() {
-  Machine& m = machine();
-  if (!by_chance(m)) return;
-  if (m.unit.poll) m.unit.poll();
-  std::vector<Copy>& copies = m.running->copies;
-  if (copies.empty() || m.chance() % 4) return;
-  const size_t i = m.chance() % copies.size();
-  complete(copies[i]);
-  copies[i] = copies.back();
-  copies.pop_back();
-}
-
-void note_bank_conflict(int ways) {
-  Machine& m = machine();
-  note_turns(m, warp_of(m, *m.running).where, ways);
+  tsan_acquire(order);
 }
 
 void note_rare(const char* what) {

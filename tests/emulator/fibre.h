@@ -72,9 +72,6 @@ class Context {
       if (p == MAP_FAILED) throw std::runtime_error("emulator: no memory for a stack");
       stack_ = static_cast<char*>(p);
     }
-#ifdef EMULATOR_ASAN
-    __asan_unpoison_memory_region(stack_, kStack);  // an earlier fibre may have been abandoned
-#endif
 #if defined(__x86_64__)
     void** top = reinterpret_cast<void**>(stack_ + kStack) - 1;
     *top = nullptr;  // where entry would return to; aligned as after a call
@@ -90,6 +87,15 @@ class Context {
 #endif
 #ifdef EMULATOR_TSAN
     if (!tsan_) tsan_ = __tsan_create_fiber(0);
+#endif
+  }
+
+  // Of one that is never resumed: what its calls told AddressSanitizer of the stack no longer
+  // holds. Those of a call that has returned are gone already, and this takes longer than most of
+  // them.
+  void abandon() {
+#ifdef EMULATOR_ASAN
+    if (stack_) __asan_unpoison_memory_region(stack_, kStack);
 #endif
   }
 

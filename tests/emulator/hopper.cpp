@@ -8,10 +8,6 @@
 
 #include "hopper_state.h"
 
-#ifdef EMULATOR_ASAN
-extern "C" void* __asan_region_is_poisoned(void* begin, size_t size);
-#endif
-
 namespace emulator {
 
 Hopper& hopper() {
@@ -233,14 +229,11 @@ void copy_box(void* shared, const TensorMap& map, void* barrier, const int* at, 
   for (const auto& [place, other] : h.barriers)
     if (place + 8 > c.shared && place < c.shared + c.bytes)
       fail("bulk copy: overwrites an mbarrier", where);
-#ifdef EMULATOR_ASAN
   for (uint32_t r = 0; r < map.box[1]; ++r)
     if (const char* from = row_of(c, r))
-      if (columns_there(c) &&
-          __asan_region_is_poisoned(const_cast<char*>(from), columns_there(c) * 2))
+      if (columns_there(c) && is_poisoned(from, columns_there(c) * 2))
         fail("bulk copy: out of global memory", where);
-#endif
-  tsan_write(shared_memory() + c.shared, size_t(c.bytes));
+  writes(shared_memory() + c.shared, size_t(c.bytes));
   tsan_release(&b);
   if (completion() == Completion::kEager) {
     complete(c);

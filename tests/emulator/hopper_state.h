@@ -5,59 +5,28 @@
 #include <vector>
 
 #include "hopper.h"
-
-#ifdef EMULATOR_TSAN
-extern "C" {
-void __tsan_acquire(void* address);
-void __tsan_release(void* address);
-void __tsan_read_range(void* address, unsigned long size);
-void __tsan_write_range(void* address, unsigned long size);
-void AnnotateIgnoreReadsBegin(const char* file, int line);
-void AnnotateIgnoreReadsEnd(const char* file, int line);
-void AnnotateIgnoreWritesBegin(const char* file, int line);
-void AnnotateIgnoreWritesEnd(const char* file, int line);
-}
-#endif
+#include "sanitizers.h"
 
 namespace emulator {
 
 // What threads do to the emulator's own state is no access of the kernel. ThreadSanitizer sees it
-// nevertheless where it happens in the C library: while one of these lives, only what tsan_read and
-// tsan_write tell it counts.
-#ifdef EMULATOR_TSAN
-inline void ignore_accesses() {
-  AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
-  AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
-}
-inline void heed_accesses() {
-  AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
-  AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
-}
-inline void tsan_acquire(void* p) { __tsan_acquire(p); }
-inline void tsan_release(void* p) { __tsan_release(p); }
-inline void tsan_read(void* p, size_t n) {
-  heed_accesses();
-  __tsan_read_range(p, (unsigned long)n);
-  ignore_accesses();
-}
-inline void tsan_write(void* p, size_t n) {
-  heed_accesses();
-  __tsan_write_range(p, (unsigned long)n);
-  ignore_accesses();
-}
-#else
-inline void ignore_accesses() {}
-inline void heed_accesses() {}
-inline void tsan_acquire(void*) {}
-inline void tsan_release(void*) {}
-inline void tsan_read(void*, size_t) {}
-inline void tsan_write(void*, size_t) {}
-#endif
+// nevertheless where it happens in the C library: while one of these lives, only what `reads` and
+// `writes` tell it counts.
 struct Untracked {
   Untracked() { ignore_accesses(); }
   Untracked(const Untracked&) = delete;
   ~Untracked() { heed_accesses(); }
 };
+inline void reads(const void* p, size_t n) {
+  heed_accesses();
+  tsan_read(p, n);
+  ignore_accesses();
+}
+inline void writes(void* p, size_t n) {
+  heed_accesses();
+  tsan_write(p, n);
+  ignore_accesses();
+}
 
 struct TransactionBarrier {
   int arrivals = 0, left = 0;  // of a phase

@@ -45,7 +45,7 @@ struct Matrix {
     }
     if (at + 16 > shared_bytes()) fail("wgmma: out of shared memory", where);
     unsigned char* from = shared_memory() + (swizzle ? swizzled(at) : at);
-    tsan_read(from, 16);
+    reads(from, 16);
     std::memcpy(to, from, 16);
   }
 };
