@@ -54,6 +54,13 @@ def watched():
         yield
 
 
+@pytest.fixture(autouse=bool(EMULATED))
+def no_bank_conflicts():
+    """In no test of the emulator do lanes share banks of shared memory."""
+    yield
+    assert dispatch.BACKENDS["cuda"].module.take_bank_conflicts() == []
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """The names of the ops that ran, in order."""

@@ -531,7 +531,7 @@ attention_dbias_kernel(FASTATTN_PARAMS BackwardCall c) {
     FASTATTN_UNROLL
     for (int t = 0; t < kN / 8; ++t) FASTATTN_UNROLL
     for (int e = 0; e < 2; ++e)
-      if (lane < 4) columns[thread_x() / 32 * kN + 8 * t + 2 * lane + e] = sum[t][e];
+      if (lane < 4) store_shared(columns + thread_x() / 32 * kN + 8 * t + 2 * lane + e, sum[t][e]);
     sync_threads();
   }
   auto* out = static_cast<float*>(c.dbias.data) + own_batch * c.dbias.stride[0] +
@@ -541,7 +541,7 @@ attention_dbias_kernel(FASTATTN_PARAMS BackwardCall c) {
     const bool writes = c.shares_keys ? thread_x() == 0 : thread_x() < kN && j < p.k_len;
     if (!writes) return;
     float all = 0;
-    for (int w = 0; w < kAttentionWarps; ++w) all += columns[w * kN + thread_x()];
+    for (int w = 0; w < kAttentionWarps; ++w) all += load_shared(columns + w * kN + thread_x());
     out[c.shares_keys ? 0 : j * c.dbias.stride[3]] = all;
     return;
   }

@@ -158,8 +158,9 @@ FASTATTN_DEVICE void produce_rows(const BackwardCall& c,
     wait_barrier(memory.empty(stage.index), stage.parity ^ 1);
     for (int r = lane; r < Shape::kN; r += 32) {
       const bool exists = start + r < c.p.q_len;
-      memory.reference(stage.index)[r] = exists ? c.rows.reference[rows + r] : -hidden_score();
-      memory.delta(stage.index)[r] = exists ? c.rows.delta[rows + r] : 0.0f;
+      store_shared(memory.reference(stage.index) + r,
+                   exists ? c.rows.reference[rows + r] : -hidden_score());
+      store_shared(memory.delta(stage.index) + r, exists ? c.rows.delta[rows + r] : 0.0f);
     }
     sync_warp();
     if (lane == 0) arrive(memory.full(0, stage.index));
@@ -228,7 +229,7 @@ struct Sm90BackwardConsumer {
     }
   }
   FASTATTN_DEVICE RowPair pair_of(const float* rows, int t) const {
-    return *reinterpret_cast<const RowPair*>(rows + 8 * t + thread_x() % 4 * 2);
+    return load_shared(reinterpret_cast<const RowPair*>(rows + 8 * t + thread_x() % 4 * 2));
   }
   FASTATTN_DEVICE void probabilities(int stage) {
     FASTATTN_UNROLL

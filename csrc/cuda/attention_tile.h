@@ -58,7 +58,7 @@ FASTATTN_DEVICE void copy_tile(const Tile<kRows, kColumns>& tile, int width, int
       numbers.number[i] =
           from != nullptr && column < width ? from[column * column_stride].bits : uint16_t(0);
     }
-    *reinterpret_cast<Bytes16*>(tile.at(r, chunk)) = numbers;
+    store_shared(reinterpret_cast<Bytes16*>(tile.at(r, chunk)), numbers);
   }
 }
 
@@ -77,12 +77,16 @@ FASTATTN_DEVICE void copy_rows(const Tile<kRows, kHeadDim>& tile, const View& v,
 template <typename T, int kCopied, int kChunksStored, int kRows, int kColumns, typename Row>
 FASTATTN_DEVICE void store_rows(const Tile<kRows, kColumns>& tile, int first_row, int first_chunk,
                                 int width, int64_t column_stride, bool aligned, Row row) {
+  // Eight lanes fetch at once: out of one row, unless two fill the banks.
+  constexpr int kAcross = kColumns % 64 == 0 ? (kChunksStored + 7) / 8 * 8 : kChunksStored;
   FASTATTN_NO_UNROLL
-  for (int at = thread_x() % 32; at < kCopied * kChunksStored; at += 32) {
-    const int r = at / kChunksStored, chunk = first_chunk + at % kChunksStored;
+  for (int at = thread_x() % 32; at < kCopied * kAcross; at += 32) {
+    const int r = at / kAcross, n = at % kAcross, chunk = first_chunk + n;
+    if (n >= kChunksStored) continue;
     T* to = row(first_row + r);
+    const auto* from = reinterpret_cast<const Bytes16*>(tile.at(first_row + r, chunk));
+    const Bytes16 numbers = load_shared(from);  // by all lanes together, whoever stores
     if (to == nullptr || chunk * 8 >= width) continue;
-    const Bytes16 numbers = *reinterpret_cast<const Bytes16*>(tile.at(first_row + r, chunk));
     if (aligned) {
       *reinterpret_cast<Bytes16*>(to + chunk * 8) = numbers;
     } else {
@@ -195,8 +199,8 @@ FASTATTN_DEVICE void fragments_to_tile(const Tile<kRows, kColumns>& tile, int ro
     const int chunk = first_chunk + n;
     auto* top = reinterpret_cast<uint32_t*>(tile.at(row + lane / 4, chunk)) + lane % 4;
     auto* bottom = reinterpret_cast<uint32_t*>(tile.at(row + lane / 4 + 8, chunk)) + lane % 4;
-    *top = pack<T>(c[n][0] * upper, c[n][1] * upper);
-    *bottom = pack<T>(c[n][2] * lower, c[n][3] * lower);
+    store_shared(top, pack<T>(c[n][0] * upper, c[n][1] * upper));
+    store_shared(bottom, pack<T>(c[n][2] * lower, c[n][3] * lower));
   }
 }
 

@@ -198,6 +198,14 @@ MISTAKES = [
         says="bank conflict",
     ),
     Mistake(
+        "rows stored in an order in which lanes share banks",
+        TILE,
+        "const int r = at / kAcross, n = at % kAcross,",
+        "const int r = at % kCopied, n = at / kCopied ^ (r & 7),",
+        says="bank conflict: attention_backward",
+        into="attention_backward",
+    ),
+    Mistake(
         "two blocks that write one row of partial sums",
         "layer_norm_backward.cu",
         "store_weights<T>(c, first_row, begin",
