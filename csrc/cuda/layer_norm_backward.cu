@@ -2,8 +2,10 @@
 //   dx = rstd (g - mean(g) - x_hat mean(g x_hat))      (RMS: without mean(g)),
 //   dweight = sum of dy x_hat over rows, dbias = sum of dy.
 // Blocks walk over rows and sum dweight and dbias for their columns in registers; each leaves one
-// row of partial sums, which a second kernel adds in order: no atomics. Rows too wide for registers
-// have a kernel of their own for these sums, which reads x and dy once more.
+// row of partial sums, which a second kernel adds in order: no atomics. Of rows too wide for
+// registers these sums lie in shared memory beside the row, and a block, or a cluster, has the same
+// columns of each row that it takes. Where there is no room for both, they have a kernel of their
+// own, which reads x and dy once more.
 #include <algorithm>
 #include <stdexcept>
 
@@ -163,25 +165,55 @@ layer_norm_backward_kernel(FASTATTN_PARAMS Call c) {
       store_weights<T>(c, first_row, begin + k * stride, dweight[k], dbias[k]);
 }
 
-// dx and dresidual of a wide row: in shared memory, or read twice.
+// Parts of 16 bytes that shared memory holds for each pack of a wide row: x, dy, and where there is
+// room the sums of dweight and of dbias.
 template <typename T>
-FASTATTN_KERNEL(kWideThreads, 1)
+constexpr int kSumParts = 2 * kPack<T> / kPack<float>;
+constexpr int kRowParts = 2;
+
+// dx and dresidual of a wide row: in shared memory, or read twice. kSums: with what partials get.
+// Registers for two blocks, where their shared memory lets two run.
+template <typename T, bool kSums>
+FASTATTN_KERNEL(kWideThreads, 2)
 layer_norm_backward_wide_kernel(FASTATTN_PARAMS Call c) {
   FASTATTN_SHARED(memory);
   constexpr int kN = kPack<T>;
   RowGroup<true> group(c.plan, memory);
   auto* kept = reinterpret_cast<Pack<T>*>(memory + kReduceBytes);
+  constexpr int kParts = kRowParts + (kSums ? kSumParts<T> : 0);
   const int64_t rows = c.p.rows.count(), width = c.p.width;
   const int64_t stride = int64_t(group.threads()) * kN, begin = int64_t(group.thread()) * kN;
+  const auto sums_of = [&](int k, int part) {
+    return reinterpret_cast<Pack<float>*>(kept + group.place(k, kParts, kRowParts + part));
+  };
+  const auto load_sums = [&](float (&sums)[2 * kN], int k) {
+    FASTATTN_UNROLL
+    for (int part = 0; part < kSumParts<T>; ++part) {
+      const Pack<float> four = load_shared(sums_of(k, part));
+      FASTATTN_UNROLL
+      for (int i = 0; i < 4; ++i) sums[4 * part + i] = four.number[i];
+    }
+  };
+  const auto store_sums = [&](const float (&sums)[2 * kN], int k) {
+    FASTATTN_UNROLL
+    for (int part = 0; part < kSumParts<T>; ++part)
+      store_shared(sums_of(k, part), Pack<float>{{sums[4 * part], sums[4 * part + 1],
+                                                  sums[4 * part + 2], sums[4 * part + 3]}});
+  };
+  if (kSums) {
+    const float zeros[2 * kN] = {};
+    int k = 0;
+    for (int64_t column = begin; column < width; column += stride, ++k) store_sums(zeros, k);
+  }
   for (int64_t r = group.first_row(); r < rows; r += group.row_step()) {
     const Row<T> row(c, r);
     float sum_g = 0, sum_gx = 0;
     int k = 0;
     for (int64_t column = begin; column < width; column += stride, ++k) {
       const Pack<T> x = row.load_x(column), dy = row.load_dy(column);
-      if (c.plan.shared) {
-        store_shared(kept + group.place(k, 2, 0), x);
-        store_shared(kept + group.place(k, 2, 1), dy);
+      if (kSums || c.plan.shared) {
+        store_shared(kept + group.place(k, kParts, 0), x);
+        store_shared(kept + group.place(k, kParts, 1), dy);
       }
       row.add(x, dy, column, sum_g, sum_gx);
     }
@@ -189,10 +221,24 @@ layer_norm_backward_wide_kernel(FASTATTN_PARAMS Call c) {
     const float mean_g = c.p.rms ? 0.0f : group.sum(sum_g) / float(width);
     k = 0;
     for (int64_t column = begin; column < width; column += stride, ++k) {
-      const bool once = c.plan.shared;
-      const Pack<T> x = once ? load_shared(kept + group.place(k, 2, 0)) : row.load_x(column);
-      const Pack<T> dy = once ? load_shared(kept + group.place(k, 2, 1)) : row.load_dy(column);
+      const bool once = kSums || c.plan.shared;
+      const Pack<T> x = once ? load_shared(kept + group.place(k, kParts, 0)) : row.load_x(column);
+      const Pack<T> dy = once ? load_shared(kept + group.place(k, kParts, 1)) : row.load_dy(column);
+      if (kSums) {
+        float sums[2 * kN];
+        load_sums(sums, k);
+        add_weights(row, x, dy, sums, sums + kN);
+        store_sums(sums, k);
+      }
       row.store(x, dy, column, mean_g, mean_gx);
+    }
+  }
+  if (kSums) {
+    int k = 0;
+    for (int64_t column = begin; column < width; column += stride, ++k) {
+      float sums[2 * kN];
+      load_sums(sums, k);
+      store_weights<T>(c, group.first_row(), column, sums, sums + kN);
     }
   }
   group.leave();
@@ -257,30 +303,45 @@ void backward(const LayerNormParams& p, const LayerNormGrads& g, float* partials
   c.g = g;
   c.dropout = RowDropout(p.dropout);
   constexpr auto kName = "layer_norm_backward";
-  const auto wide = layer_norm_backward_wide_kernel<T>;
-  c.plan = plan_rows(kName, wide, p.width, kPack<T>, 32, 256, device);
+  const auto wide = layer_norm_backward_wide_kernel<T, false>;
+  const auto wide_sums = layer_norm_backward_wide_kernel<T, true>;
+  const bool sums = g.dweight || g.dbias, dh = g.dx || g.dresidual;
+  const auto plan_for = [&](const auto& kernel, int parts) {
+    return plan_rows(kName, kernel, p.width, kPack<T>, 16 * parts, 256, device);
+  };
+  c.plan = plan_for(wide, kRowParts);
+  bool keeps_sums = c.plan.held != 0;
+  if (!keeps_sums && sums && dh) {
+    const RowPlan with_sums = plan_for(wide_sums, kRowParts + kSumParts<T>);
+    keeps_sums = with_sums.shared;
+    if (keeps_sums) c.plan = with_sums;
+  }
   c.x_aligned = rows_aligned<T>(p.x, p.rows);
   c.dy_aligned = rows_aligned<T>(g.dy, p.rows);
   c.new_aligned = rows_aligned<T>(g.dnew_residual, p.rows);
   c.out_aligned = is_aligned(g.dx) && is_aligned(g.dresidual) && p.width % kPack<T> == 0;
   c.weight_aligned = is_aligned(p.weight);
-  const bool sums = g.dweight || g.dbias;
   const int64_t rows = p.rows.count(), packs = (p.width + kPack<T> - 1) / kPack<T>;
-  if (c.plan.held) {
+  if (keeps_sums) {
     int64_t together = rows;
     if (sums) {  // as many as there is room for
-      const int64_t groups = c.plan.groups,
-                    most = std::min(partial_rows / groups, device.max_blocks);
+      const int64_t groups = c.plan.groups;
+      int64_t most = std::min(partial_rows / groups, device.max_blocks / c.plan.blocks);
+      if (!c.plan.held) {  // and as run at a time: each leaves as much as two rows in float32
+        const int64_t blocks =
+            device.multiprocessors * (2 * c.plan.bytes <= device.shared_bytes ? 2 : 1);
+        most = std::min(most, std::max<int64_t>(blocks / c.plan.blocks, 1));
+      }
       if (most < 1) throw std::runtime_error("layer_norm_backward: too few partial rows");
-      const int64_t blocks = std::min((rows + groups - 1) / groups, most);
       c.partials = partials;
-      partial_rows = together = blocks * groups;
+      partial_rows = together = std::min((rows + groups - 1) / groups, most) * groups;
     }
-    const auto kernel =
-        c.plan.held == 1 ? layer_norm_backward_kernel<T, 1> : layer_norm_backward_kernel<T, 4>;
+    const auto kernel = c.plan.held == 1   ? layer_norm_backward_kernel<T, 1>
+                        : c.plan.held == 4 ? layer_norm_backward_kernel<T, 4>
+                                           : wide_sums;
     launch_rows(kName, kernel, c, together, device);
   } else {
-    if (g.dx || g.dresidual) launch_rows(kName, wide, c, rows, device);
+    if (dh) launch_rows(kName, wide, c, rows, device);
     if (sums) {
       c.partials = partials;
       partial_rows = rows < partial_rows ? rows : partial_rows;

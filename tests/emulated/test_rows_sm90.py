@@ -70,6 +70,27 @@ def test_rows_that_are_narrower_or_wider(width, expect):
     prove(SoftmaxCase("wide", shape=(2, width)), torch.float32, expect)
 
 
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(
+    ("dtype", "width", "shared", "read_again"),
+    [
+        (torch.bfloat16, 8193, 145 << 10, False),  # three rounds of 512 packs, 96 bytes each
+        (torch.bfloat16, 8193, 143 << 10, "by 80"),
+        (torch.float32, 10001, SHARED, "by 80"),
+        (torch.bfloat16, 10001, SHARED, True),
+    ],
+)
+def test_sums_beside_the_row(dtype, width, shared, read_again, capability):
+    """dweight and dbias, where a block, or the blocks of a cluster, have room for their sums."""
+    BACKEND.module.emulate(capability, shared)
+    case = LayerNormCase("wide", shape=(5, width))
+    with testing.poisoned_empty():
+        verdict = proof.prove(case.with_dtype(dtype), "cuda")
+    assert verdict.passed and not verdict.refusal, verdict
+    again = "layer_norm_backward, weights" in BACKEND.module.take_launches()
+    assert again == (capability == 80 if read_again == "by 80" else read_again)
+
+
 def test_older_devices_read_such_rows_again():
     BACKEND.module.emulate(80, SHARED)
     prove(SoftmaxCase("wide", shape=(2, 10001)), torch.float32, ())

@@ -142,15 +142,18 @@ void check_softmax(DType dtype, int rows, int width, int inner, bool log, const 
 }  // namespace
 
 int main(int count, char** arguments) {
-  Device device, roomy, clusters;
+  Device device, roomy, clusters, roomy_clusters;
   device.shared_bytes = 16 << 10;  // so that rows of a few thousand are too wide for it
   roomy.shared_bytes = 200 << 10;
   clusters.shared_bytes = 33 << 10;  // for one block; two or four hold them
   clusters.capability = 90;
-  for (Device* d : {&device, &roomy, &clusters}) {
+  roomy_clusters = clusters;
+  roomy_clusters.shared_bytes = 66 << 10;  // for the sums of a layer norm's backward too
+  for (Device* d : {&device, &roomy, &clusters, &roomy_clusters}) {
     d->multiprocessors = 3;
     d->max_blocks = 4;  // so that blocks walk
   }
+  roomy.multiprocessors = 2;
   return run_program(count, arguments, [&] {
     check_layer_norm<float>(DType::kFloat32, 9, 70, false, true, device);
     check_layer_norm<bf16>(DType::kBFloat16, 13, 1000, false, false, device);
@@ -163,7 +166,7 @@ int main(int count, char** arguments) {
     check_softmax<float>(DType::kFloat32, 3, 9001, 1, true, roomy);
     check_softmax<f16>(DType::kFloat16, 2, 45, 37, false, device);
     emulator::take_launches();
-    check_layer_norm<float>(DType::kFloat32, 2, 10001, false, true, clusters);
+    check_layer_norm<bf16>(DType::kBFloat16, 2, 10001, false, true, clusters);
     check_layer_norm<bf16>(DType::kBFloat16, 1, 20003, true, false, clusters);
     check_softmax<float>(DType::kFloat32, 3, 9001, 1, false, clusters);
     check_softmax<bf16>(DType::kBFloat16, 1, 18001, 1, true, clusters);
@@ -175,5 +178,15 @@ int main(int count, char** arguments) {
         std::printf("%s: not by clusters\n", name);
         ++failures;
       }
+    check_layer_norm<float>(DType::kFloat32, 3, 9001, false, true, roomy_clusters);
+    const auto more = emulator::take_launches();
+    const auto ran = [&](const char* name) {
+      return std::count(more.begin(), more.end(), std::string(name)) > 0;
+    };
+    if (!failures &&
+        (!ran("layer_norm_backward, clusters") || ran("layer_norm_backward, weights"))) {
+      std::printf("layer_norm_backward: not by clusters that read a row once\n");
+      ++failures;
+    }
   });
 }

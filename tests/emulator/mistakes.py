@@ -28,6 +28,11 @@ def cluster(name: str, old: str, new: str, caught: str = "lazy", says: str = "")
     return Mistake(name, "rows.h", old, new, caught, says, "check_rows", "softmax_forward")
 
 
+def wide_sums(name: str, old: str, new: str, caught: str = "lazy", says: str = "") -> Mistake:
+    """In the sums of dweight and dbias beside rows that shared memory holds."""
+    return Mistake(name, "layer_norm_backward.cu", old, new, caught, says, "check_rows")
+
+
 MISTAKES = [
     # ---- waiting for copies
     Mistake(
@@ -212,6 +217,34 @@ MISTAKES = [
         "store_weights<T>(c, first_row / 2, begin",
         caught="thread",
         program="check_rows",
+    ),
+    # ---- sums beside a wide row
+    wide_sums(
+        "sums that begin as whatever lay there",
+        "column += stride, ++k) store_sums(zeros, k);",
+        "column += stride, ++k) continue;",
+    ),
+    wide_sums(
+        "room for the row alone",
+        "plan_for(wide_sums, kRowParts + kSumParts<T>)",
+        "plan_for(wide_sums, kRowParts)",
+        says="out of shared memory",
+    ),
+    wide_sums(
+        "sums in the place of the row",
+        "group.place(k, kParts, kRowParts + part)",
+        "group.place(k, kParts, part)",
+    ),
+    wide_sums(
+        "sums of a pack that lie together",
+        "kept + group.place(k, kParts, kRowParts + part)",
+        "kept + group.place(k, kParts, kRowParts) + (part - thread_x()) + kSumParts<T> * thread_x()",
+        says="2 ways",
+    ),
+    wide_sums(
+        "partial sums by block, not by cluster",
+        "store_weights<T>(c, group.first_row(), column",
+        "store_weights<T>(c, block_x(), column",
     ),
     # ---- clusters
     cluster(

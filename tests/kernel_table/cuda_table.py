@@ -164,9 +164,9 @@ def lines_of(module: Path) -> list[Line]:
             name = name_of(mangled)
             registers, static = usage[mangled]
             static -= common.MACHINES[arch].reserved if arch == "sm_90" else 0  # counted with it
-            name = name.replace("layer_norm_backward_wide", "layer_norm_backward") + "/0" * (
-                "_wide" in name
-            )
+            if "_wide" in name:  # its flag says whether it makes the sums of the weights
+                name, *sums = name.replace("_wide", "").split("/modified")
+                name += "/0/sums" if sums else "/0"
             threads, dynamic = known.get(name) or known[without_dtype(name)]
             if "HGMMA" not in code and arch == "sm_80" and "_sm90" in name:
                 continue  # an empty body

@@ -60,6 +60,9 @@ void print_rows(const char* type) {
   print_rows<T>("layer_norm_backward", type, 32, 256);
   print_rows<T>("softmax_forward", type, 4 * kPack<T>, 256);
   print_rows<T>("softmax_backward", type, 32, 256);
+  const RowPlan with_sums =
+      row_plan(6 * 256 * kPack<T>, kPack<T>, 32 + 8 * kPack<T>, 227 << 10, 256, 1);
+  std::printf("layer_norm_backward/%s/0/sums %d %zu\n", type, with_sums.threads, with_sums.bytes);
 }
 
 }  // namespace
