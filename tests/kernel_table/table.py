@@ -15,6 +15,7 @@ A process of its own: the interpreter, once used, leaves a triton that does not 
 from __future__ import annotations
 
 import fnmatch
+import multiprocessing
 import re
 import subprocess
 import sys
@@ -113,6 +114,17 @@ def compiled(variant: KernelVariant, arch: str) -> Line:
     )
 
 
+_work: list[tuple[KernelVariant, str]] = []
+
+
+def outcome(n: int) -> Line | str:
+    """What comes of the n-th piece of work: its line, or why it does not compile."""
+    try:
+        return compiled(*_work[n])
+    except Exception as error:  # of any kind and depth: the compiler's own
+        return (str(error).strip() or repr(error)).splitlines()[-1]
+
+
 def resource_usage(cubin: bytes) -> tuple[int, int]:
     """(registers, bytes of stack, which these kernels have for spills alone)."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -165,15 +177,17 @@ def main(arguments: list[str]) -> int:
     if update:
         same = False
     lines, found, notes = [], [], []
-    for arch in TARGETS:
-        for variant in variants(arch):
-            if pattern and not fnmatch.fnmatch(f"{variant.name}/{arch}", f"*{pattern}*"):
-                continue
-            try:
-                line = compiled(variant, arch)
-            except Exception as error:  # of any kind and depth: the compiler's own
-                last = (str(error).strip() or repr(error)).splitlines()[-1]
-                found.append(f"{variant.name} on {arch}: does not compile: {last}")
+    _work[:] = [
+        (variant, arch)
+        for arch in TARGETS
+        for variant in variants(arch)
+        if not pattern or fnmatch.fnmatch(f"{variant.name}/{arch}", f"*{pattern}*")
+    ]
+    # Forked, the processes have the work already.
+    with multiprocessing.get_context("fork").Pool() as pool:
+        for (variant, arch), line in zip(_work, pool.imap(outcome, range(len(_work))), strict=True):
+            if isinstance(line, str):
+                found.append(f"{variant.name} on {arch}: does not compile: {line}")
                 continue
             lines.append(line)
             kept.pop(line.key, None)
