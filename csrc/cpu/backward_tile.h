@@ -230,11 +230,6 @@ class BackwardTile {
     return hsum(sum);
   }
 
-  // a + b, and what rounding takes off it (Knuth's two-sum).
-  static FASTATTN_INLINE std::pair<Vec<A>, Vec<A>> exact_sum(Vec<A> a, Vec<A> b) {
-    const Vec<A> sum = a + b, part = sum - a;
-    return {sum, (a - (sum - part)) + (b - part)};
-  }
   // score factor - lse - low, and what rounding takes off it.
   static FASTATTN_INLINE std::pair<Vec<A>, Vec<A>> exact_exponent(Vec<A> score, Vec<A> factor,
                                                                   Vec<A> minus_lse,

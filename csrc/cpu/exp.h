@@ -148,57 +148,58 @@ FASTATTN_INLINE Vec<A> exp2_or_nan(Vec<A> x) {
 template <typename A, bool kExact>
 class ScaledExp;
 
-// The least x for which that is not taken for 0.
-inline float least_of(double scale) {
-  return float(std::max(-87.0 / scale, double(std::numeric_limits<float>::lowest())));
-}
+// scale log2(e) = high + low; x below least is taken for one whose power is 0.
+struct ScaledLog2E {
+  float high, low, least;
+  explicit ScaledLog2E(double scale)
+      : high(float(scale * kLog2E)),
+        low(float(scale * kLog2E - double(high))),
+        least(float(std::max(-87.0 / scale, double(std::numeric_limits<float>::lowest())))) {}
+
+  // x scale log2(e) = k / kSteps + f, with k in the low bits of index. Without kLow, high is all.
+  template <int kSteps, bool kLow, int kCount>
+  FASTATTN_INLINE void split(const Vec<float> (&x)[kCount], Vec<float> (&index)[kCount],
+                             Vec<float> (&f)[kCount]) const {
+    const Vec<float> magic = set1(kRoundMagic / kSteps), by = set1(high), rest = set1(low);
+    unroll<kCount>([&](auto i) FASTATTN_INLINE_LAMBDA { index[i] = fma(x[i], by, magic); });
+    unroll<kCount>([&](auto i) FASTATTN_INLINE_LAMBDA { f[i] = magic - index[i]; });
+    unroll<kCount>([&](auto i) FASTATTN_INLINE_LAMBDA { f[i] = fma(x[i], by, f[i]); });
+    if constexpr (kLow)
+      unroll<kCount>([&](auto i) FASTATTN_INLINE_LAMBDA { f[i] = fma(x[i], rest, f[i]); });
+  }
+};
 
 #if defined(FASTATTN_X86_VECTORS) && defined(__AVX512F__)
 template <bool kExact>
 class ScaledExp<float, kExact> {
  public:
-  explicit ScaledExp(double scale)
-      : high_(float(scale * kLog2E)),
-        low_(float(scale * kLog2E - double(high_))),
-        least_(least_of(scale)) {}
+  explicit ScaledExp(double scale) : scale_(scale) {}
 
   template <int kCount>
   FASTATTN_INLINE void operator()(Vec<float> (&x)[kCount]) const {
-    const Vec<float> magic = set1(kRoundMagic / kParts<kExact>), high = set1(high_);
     Vec<float> index[kCount], f[kCount];
     VecMask<float> kept[kCount];
-    unroll<kCount>([&](auto i) FASTATTN_INLINE_LAMBDA { index[i] = fma(x[i], high, magic); });
-    unroll<kCount>([&](auto i) FASTATTN_INLINE_LAMBDA { f[i] = magic - index[i]; });
-    unroll<kCount>([&](auto i) FASTATTN_INLINE_LAMBDA { f[i] = fma(x[i], high, f[i]); });
-    unroll<kCount>([&](auto i) FASTATTN_INLINE_LAMBDA {
-      if constexpr (kExact) f[i] = fma(x[i], set1(low_), f[i]);
-      kept[i] = not_less(x[i], set1(least_));
-    });
+    scale_.split<kParts<kExact>, kExact>(x, index, f);
+    unroll<kCount>([&](auto i)
+                       FASTATTN_INLINE_LAMBDA { kept[i] = not_less(x[i], set1(scale_.least)); });
     exp2_by_table<kExact>(x, index, f, kept);
   }
 
  private:
-  float high_, low_, least_;  // scale log2(e) = high + low; below least the result is 0
+  ScaledLog2E scale_;
 };
 
 #else
 template <>
 class ScaledExp<float, true> {
  public:
-  explicit ScaledExp(double scale)
-      : high_(float(scale * kLog2E)),
-        low_(float(scale * kLog2E - double(high_))),
-        least_(least_of(scale)) {}
+  explicit ScaledExp(double scale) : scale_(scale) {}
 
   template <int kCount>
   FASTATTN_INLINE void operator()(Vec<float> (&x)[kCount]) const {
-    const Vec<float> magic = set1(kRoundMagic), high = set1(high_), low = set1(low_);
-    const Vec<float> least = set1(least_);
+    const Vec<float> least = set1(scale_.least);
     Vec<float> rounded[kCount], f[kCount];
-    unroll<kCount>([&](auto i) FASTATTN_INLINE_LAMBDA { rounded[i] = fma(x[i], high, magic); });
-    unroll<kCount>([&](auto i) FASTATTN_INLINE_LAMBDA { f[i] = magic - rounded[i]; });
-    unroll<kCount>([&](auto i) FASTATTN_INLINE_LAMBDA { f[i] = fma(x[i], high, f[i]); });
-    unroll<kCount>([&](auto i) FASTATTN_INLINE_LAMBDA { f[i] = fma(x[i], low, f[i]); });
+    scale_.split<1, true>(x, rounded, f);
     exp2_of_fraction<false>(f);
     unroll<kCount>([&](auto i) FASTATTN_INLINE_LAMBDA {
       x[i] = select(less(x[i], least), zero<float>(), add_exponent(f[i], rounded[i]));
@@ -206,7 +207,7 @@ class ScaledExp<float, true> {
   }
 
  private:
-  float high_, low_, least_;  // scale log2(e) = high + low; below least the result is 0
+  ScaledLog2E scale_;
 };
 
 template <>

@@ -182,11 +182,10 @@ class OnlineSoftmax {
       const int live = std::min(w, rows - r);
       const V block = reduce_rows(lanes_ + r * w, [](V a, V b) { return a + b; });
       const V factor = load_n(factor_ + r0 + r, live), before = load_n(sum_ + r0 + r, live);
-      // What rounding takes off is carried along (Knuth's two-sum; exact with fused products).
-      const V rescaled = factor * before, now = rescaled + block;
-      const V part = now - rescaled;
-      const V lost =
-          fma(factor, before, zero<A>() - rescaled) + ((rescaled - (now - part)) + (block - part));
+      // What rounding takes off is carried along (all of it with fused products).
+      const V rescaled = factor * before;
+      const auto [now, rest] = exact_sum(rescaled, block);
+      const V lost = fma(factor, before, zero<A>() - rescaled) + rest;
       store_n(sum_ + r0 + r, now, live);
       store_n(sum_low_ + r0 + r, fma(factor, load_n(sum_low_ + r0 + r, live), lost), live);
     }

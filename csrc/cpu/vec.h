@@ -337,6 +337,13 @@ FASTATTN_INLINE void stream_fence() {
 
 // ---- built on the interface above -------------------------------------------------------------
 
+// a + b, and what rounding takes off it (Knuth's two-sum).
+template <typename A>
+FASTATTN_INLINE std::pair<Vec<A>, Vec<A>> exact_sum(Vec<A> a, Vec<A> b) {
+  const Vec<A> sum = a + b, part = sum - a;
+  return {sum, (a - (sum - part)) + (b - part)};
+}
+
 // Two vectors, one after the other.
 template <typename T, typename V>
 FASTATTN_INLINE void store_two(T* p, V first, V second) {
