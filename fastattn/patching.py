@@ -64,8 +64,10 @@ def patch(model: nn.Module) -> Report:
     torch.nn's modules (``LayerNorm``, ``RMSNorm``, ``Softmax``, ``MultiheadAttention``,
     ``Transformer`` and what it is built from) become those of ``fastattn.nn``. Modules whose own
     code calls ``F.scaled_dot_product_attention``, ``F.layer_norm``, ``F.rms_norm`` or ``F.softmax``
-    run inside ``fastattn.override()`` from now on. Parameters, ``state_dict``, hooks, device, dtype
-    and training mode stay the same objects and values, and optimizers need not know.
+    run inside ``fastattn.override()`` from now on. A model of transformers gets
+    ``attn_implementation="fastattn"``, and its KV cache is appended to in place. Parameters,
+    ``state_dict``, hooks, device, dtype and training mode stay the same objects and values, and
+    optimizers need not know.
 
     Args:
         model: any module; a model under torch.compile is compiled anew at its next call.
@@ -92,7 +94,8 @@ def patch(model: nn.Module) -> Report:
     _swap(plan, restoring=False)
     try:
         for name, top in whole:
-            _attend_by_fastattn(name, top, report)
+            if _attend_by_fastattn(name, top, report):
+                _append_to_caches(name, top, report)
     except BaseException:
         unpatch(model)
         raise
@@ -127,6 +130,12 @@ def unpatch(model: nn.Module) -> Report:
             module.config._attn_implementation = implementation
             where = f"{name}.config".lstrip(".")
             report.replaced[where] = f'attn_implementation="{implementation}"'
+    for name, top in _transformers_models(model):
+        from .integrations import kv_cache
+
+        if kv_cache.installed(top):
+            kv_cache.remove(top)
+            report.replaced[f"{name}.cache".lstrip(".")] = "transformers' own"
     return report
 
 
@@ -311,30 +320,40 @@ def _pretrained() -> type[nn.Module]:
     return sys.modules["transformers.modeling_utils"].PreTrainedModel
 
 
-def _attend_by_fastattn(name: str, top: Any, report: Report) -> None:
+def _append_to_caches(name: str, top: Any, report: Report) -> None:
+    """Has a model that generates append to its KV cache in place."""
+    from .integrations import kv_cache
+
+    if top.can_generate() and not kv_cache.installed(top):
+        kv_cache.install(top)
+        report.replaced[f"{name}.cache".lstrip(".")] = "DynamicCache, appended to in place"
+
+
+def _attend_by_fastattn(name: str, top: Any, report: Report) -> bool:
+    """Whether a model's attention is fastattn's from now on, or is so already."""
     from .integrations import transformers as integration
 
     where = f"{name}.config".lstrip(".")
     before = top.config._attn_implementation
     if before == integration.NAME:
         report.left[where] = 'attn_implementation is "fastattn" already'
-        return
+        return True
     if not top._can_set_attn_implementation():
         report.left[where] = f"{type(top).__name__}: its attention cannot be chosen"
-        return
+        return False
     for part in top.modules():
         kind: Any = type(part)
         unknown = integration.unknown_arguments(kind)
         if unknown:
             only = f"attention takes {' and '.join(unknown)}, which fastattn's does not"
             report.left[where] = f"{type(top).__name__}: its {only}"
-            return
+            return False
     parts: list[Any] = [part for part in top.modules() if isinstance(part, _pretrained())]
     if any(getattr(part.config, "output_attentions", False) for part in parts):
         # It would run, but transformers saves no such configuration.
         only = 'has output_attentions, for which transformers wants "eager"'
         report.left[where] = f"{type(top).__name__}: its configuration {only}"
-        return
+        return False
     integration.register()
     top.__dict__[_ATTENTION] = before
     for part in parts:  # may have a configuration, and an attention, of its own
@@ -342,6 +361,7 @@ def _attend_by_fastattn(name: str, top: Any, report: Report) -> None:
             part.__dict__[_ATTENTION] = part.config._attn_implementation
     top.set_attn_implementation(integration.NAME)
     report.replaced[where] = f'attn_implementation="{integration.NAME}"'
+    return True
 
 
 # ------------------------------------------------------------------ which calls a module's code has
