@@ -34,11 +34,13 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 MSVC_FMA = ["/D__FMA__", "/D__F16C__"]  # implied by /arch:AVX2, but MSVC does not define them
 X86_ISAS = {
-    "baseline": ([], []),
+    "baseline": (["-O2"], []),  # the last resort, compiled in two thirds of the time
     "avx2": (AVX2, ["/arch:AVX2", *MSVC_FMA]),
     "avx512": (AVX512, ["/arch:AVX512", *MSVC_FMA]),
     "avx512bf16": ([*AVX512, "-mavx512bf16"], ["/arch:AVX512", *MSVC_FMA, "/D__AVX512BF16__"]),
 }
+# Whose kernels in float64 an instruction set has, if not its own.
+FLOAT64_OF = {"avx512": "avx2", "avx512bf16": "avx2"}
 ISAS = X86_ISAS if X86 else {"neon": ([], [])} if ARM else {"baseline": ([], [])}
 if wanted := os.environ.get("FASTATTN_BUILD_ISAS"):  # for example "avx2": a quick build to try
     ISAS = {isa: ISAS[isa] for isa in wanted.split(",")}
@@ -46,7 +48,8 @@ if wanted := os.environ.get("FASTATTN_BUILD_ISAS"):  # for example "avx2": a qui
 # Compiled once for any processor, and linked into every module: the binding.
 BINDING = "csrc/cpu/module.cpp"
 # Compiled once per instruction set, with its flags.
-KERNELS = sorted(p.as_posix() for p in Path("csrc/cpu").glob("*.cpp") if p.name != "module.cpp")
+FLOAT64 = "csrc/cpu/float64.cpp"
+KERNELS = sorted({p.as_posix() for p in Path("csrc/cpu").glob("*.cpp")} - {BINDING, FLOAT64})
 
 # The CUDA module: code for sm_80 and what can run it, for sm_90, and PTX for what comes later.
 CUDA = os.environ.get("FASTATTN_CUDA", "auto")
@@ -184,7 +187,7 @@ class BuildExtensions(build_ext):
 
     def build_all(self) -> list[Extension]:
         binding = self.commands([BINDING], "any", [])
-        kernels = [self.commands(KERNELS, isa, flags[MSVC]) for isa, flags in ISAS.items()]
+        kernels = [self.kernel_commands(isa) for isa in ISAS]
         toolkit = Toolkit()
         self.cuda_reason = toolkit.obstacle()
         self.check_cuda()
@@ -207,6 +210,13 @@ class BuildExtensions(build_ext):
                 self.cuda_reason = self.cuda_reason or "nvcc could not build it"
             print(f"fastattn: {ext.name} was not built")
         return built
+
+    def kernel_commands(self, isa: str) -> list[Command]:
+        float64 = FLOAT64_OF.get(isa, isa)
+        flags = {**X86_ISAS, **ISAS}
+        return self.commands(KERNELS, isa, flags[isa][MSVC]) + self.commands(
+            [FLOAT64], float64, flags[float64][MSVC]
+        )
 
     def cuda_commands(self, toolkit: Toolkit) -> list[Command]:
         """The binding by the host's compiler, the kernels by nvcc, attention's once a head dim."""
@@ -238,6 +248,7 @@ class BuildExtensions(build_ext):
 
     def compile_all(self, commands: list[Command]) -> None:
         """Goes on after a failure: whoever links sees which objects there are."""
+        commands = list({obj: command for command in commands for obj in [command[1]]}.values())
         run = getattr(self.compiler, "call", None) or self.compiler.spawn
         at_once = self.parallel or jobs()
         folders = [sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)]

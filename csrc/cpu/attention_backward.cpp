@@ -326,6 +326,11 @@ class Backward {
 
 }  // namespace
 
+#if defined(FASTATTN_FLOAT64)
+void attention_backward_float64(const AttentionParams& p, const AttentionGrads& g) {
+  Backward<double>(p, g).run();
+}
+#else
 void attention_backward(const AttentionParams& p, const AttentionGrads& g) {
   const AttentionShape& s = p.shape;
   if (s.batch == 0 || s.q_heads == 0 || s.q_len == 0) return;
@@ -333,7 +338,7 @@ void attention_backward(const AttentionParams& p, const AttentionGrads& g) {
     case DType::kFloat32:
       return Backward<float>(p, g).run();
     case DType::kFloat64:
-      return Backward<double>(p, g).run();
+      return attention_backward_float64(p, g);
     case DType::kBFloat16:
       return Backward<bf16>(p, g).run();
     case DType::kFloat16:
@@ -342,5 +347,6 @@ void attention_backward(const AttentionParams& p, const AttentionGrads& g) {
       return;
   }
 }
+#endif
 
 }  // namespace fastattn

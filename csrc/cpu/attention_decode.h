@@ -19,6 +19,10 @@ class DecodeTile {
   static constexpr int kKeys = 32;  // keys between two visits to the online softmax
   static constexpr int kChunk = w * Compute::kDepth;          // numbers of a key in one vector
   static constexpr int kRows = w >= 16 ? 4 : w >= 4 ? 2 : 1;  // queries that share a load
+  // One query reads so fast that the processor's own prefetching does better, and short vectors
+  // would ask for every cache line several times.
+  template <int kCount>
+  static constexpr bool kFetches = kCount > 1 && w >= 8;
 
  public:
   DecodeTile(const AttentionParams& p, Scratch& scratch)
@@ -56,16 +60,16 @@ class DecodeTile {
     for (int64_t j = keys.begin; j < keys.end; j += kKeys) {
       const int n = int(std::min<int64_t>(kKeys, keys.end - j));
       const Source<T> kj{k.at(j, 0), k.row, k.col}, vj{v.at(j, 0), v.row, v.col};
-      // What is read in place for several queries at once is asked for two blocks ahead; one query
-      // reads so fast that the processor's own prefetching does better, and short vectors would
-      // ask for every cache line several times.
+      // What is read in place for several queries at once is asked for two blocks ahead.
       constexpr int kAhead = 2 * kKeys;
-      const bool last = w < 8 || j + kAhead + kKeys > keys.end;
+      const bool last = j + kAhead + kKeys > keys.end;
       if (k_direct) {
         score(kj, n, last ? 0 : kAhead * k.row);
       } else {
         pack<Compute>(k_, d_elems_, kj, n, int(s.head_dim));
-        score(Source<Elem>{k_, d_elems_, 1}, n, 0);
+        using Packed = std::conditional_t<Compute::kDepth == 2, T, Elem>;
+        score(Source<Packed>{reinterpret_cast<const Packed*>(k_), d_elems_ * Compute::kDepth, 1}, n,
+              0);
       }
       const bool hides = p_.bias || j < full.begin || j + n > full.end;
       const bool spoils = hides && !all_finite(vj, n, int(s.v_dim));
@@ -104,18 +108,17 @@ class DecodeTile {
       int r = 0;
       for (; r + kRows <= rows_; r += kRows)
         for (int c = j; c < j + w && c < n; c += w / kRows)
-          r == 0 && ahead ? score_rows<kRows, true>(k, n, r, c, ahead)
-                          : score_rows<kRows, false>(k, n, r, c, 0);
+          score_rows<kRows>(k, n, r, c, r == 0 ? ahead : 0);
       if constexpr (kRows > 1)
-        for (; r < rows_; ++r) score_rows<1, false>(k, n, r, j, 0);
+        for (; r < rows_; ++r) score_rows<1>(k, n, r, j, 0);
     }
   }
 
   // Scores of kCount queries from r on with w / kCount keys from j on: the w sums of products lie
   // each in a vector, and are summed across all at once.
-  template <int kCount, bool kFetch, typename U>
+  template <int kCount, typename U>
   FASTATTN_INLINE void score_rows(Source<U> k, int n, int r, int j, int64_t ahead) {
-    constexpr int kWide = w / kCount, kNumbers = std::is_same_v<U, Elem> ? 1 : Compute::kDepth;
+    constexpr int kWide = w / kCount, kNumbers = Compute::kDepth;
     const U* key[kWide];
     for (int c = 0; c < kWide; ++c) key[c] = k.at(std::min(j + c, n - 1), 0);
     const Elem* q = q_ + ptrdiff_t(r) * d_elems_;
@@ -123,7 +126,7 @@ class DecodeTile {
     unroll<w>([&](auto x) { sum[x] = zero<A>(); });
     const auto step = [&](auto c, int d) FASTATTN_INLINE_LAMBDA {
       const U* p = key[c] + d * kNumbers;
-      if constexpr (kFetch) prefetch(p + ahead);
+      if constexpr (kFetches<kCount>) prefetch(p + ahead);
       const auto y = load_key(p);
       unroll<kCount>([&](auto row) {
         sum[row * kWide + c] =
@@ -165,15 +168,13 @@ class DecodeTile {
       int r = 0, wide = w >= 8 && v_cols_ - c >= 8 * w && rows_ < kRows ? 8 : 4;
       if constexpr (kRows > 1)
         for (; r + kRows <= rows_; r += kRows)
-          r == 0 && ahead ? accumulate_rows<kRows, 4, true>(v, n, r, c, ahead)
-                          : accumulate_rows<kRows, 4, false>(v, n, r, c, 0);
+          accumulate_rows<kRows, 4>(v, n, r, c, r == 0 ? ahead : 0);
       for (; r < rows_; ++r)
-        wide == 8 ? accumulate_rows<1, 8, false>(v, n, r, c, 0)
-                  : accumulate_rows<1, 4, false>(v, n, r, c, 0);
+        wide == 8 ? accumulate_rows<1, 8>(v, n, r, c, 0) : accumulate_rows<1, 4>(v, n, r, c, 0);
       c += wide * w;
     }
   }
-  template <int kCount, int kVectors, bool kFetch, typename U>
+  template <int kCount, int kVectors, typename U>
   FASTATTN_INLINE void accumulate_rows(Source<U> v, int n, int r, int c, int64_t ahead) {
     V sum[kCount][kVectors];
     A* out = out_ + ptrdiff_t(r) * v_cols_ + c;
@@ -181,7 +182,7 @@ class DecodeTile {
     unroll<kCount>([&](auto row) { unroll<kVectors>([&](auto x) { sum[row][x] = zero<A>(); }); });
     for (int j = 0; j < n; ++j) {
       const U* value = v.at(j, c);
-      if constexpr (kFetch) prefetch_bytes(value + ahead, kVectors * w * sizeof(U));
+      if constexpr (kFetches<kCount>) prefetch_bytes(value + ahead, kVectors * w * sizeof(U));
       unroll<kVectors>([&](auto x) {
         const V y = load(value + x * w);
         unroll<kCount>(

@@ -32,34 +32,88 @@ struct ScoreMod {
     return p.softcap != 0 || p.alibi_slopes || p.bias || !(p.scale > 0);
   }
 
-  // Asks for the bias of queries [i, i + rows) and keys [j, j + n) to be brought near; `first` for
-  // the first keys of these queries, which may be on new pages.
-  void prefetch_bias(int64_t i, int rows, int64_t j, int n, bool first) const {
-    if (!p.bias || p.bias.stride[3] != 1) return;
-    const int64_t size = size_of(p.bias_dtype);
-    for (int r = 0; r < rows; ++r) {
-      const char* at = static_cast<const char*>(p.bias.data) + offset(i + r, j) * size;
-      if (first) touch(at);
-      prefetch_bytes(at, n * size);
+  // Queries [i, i + rows) and keys [j, j + keys).
+  struct Block {
+    int64_t i, j;
+    int rows, keys;
+  };
+  // The bias of a block, brought near in `parts`: the processor waits for few lines at once, and
+  // for nothing else meanwhile.
+  class BiasFetch {
+   public:
+    BiasFetch(const ScoreMod& mod, Block at, int parts) {
+      const View& bias = mod.p.bias;
+      if (bias.stride[3] != 1 || at.keys <= 0) return;
+      const int64_t size = size_of(mod.p.bias_dtype);
+      row_ = static_cast<const char*>(bias.data) + mod.offset(at.i, at.j) * size;
+      row_bytes_ = bias.stride[2] * size;
+      lines_ = int((at.keys * size + kLine - 1) / kLine);
+      rows_ = at.rows;
+      part_ = (rows_ * lines_ + parts - 1) / parts;
     }
+    FASTATTN_INLINE void operator()() {
+      for (int k = 0; k < part_ && rows_ > 0; ++k) {
+        if (line_ == 0) touch(row_);
+        prefetch(row_ + line_ * kLine);
+        if (++line_ == lines_) {
+          line_ = 0;
+          row_ += row_bytes_;
+          --rows_;
+        }
+      }
+    }
+
+   private:
+    static constexpr int kLine = 64;
+    const char* row_ = nullptr;
+    ptrdiff_t row_bytes_ = 0;
+    int lines_ = 0, rows_ = 0, part_ = 0, line_ = 0;
+  };
+
+  // Adds a bias that lies as the scores do where their product is written: see Store in
+  // tile_matmul.h.
+  struct AddBias {
+    const A* bias;
+    ptrdiff_t row;
+    A scale;
+    FASTATTN_INLINE void operator()(A* c, Vec<A> sum, int m, int n) const {
+      store(c, with_bias(sum, set1(scale), load(bias + m * row + n)));
+    }
+  };
+  AddBias add_bias(Block at) const {
+    return {static_cast<const A*>(p.bias.data) + offset(at.i, at.j), ptrdiff_t(p.bias.stride[2]),
+            A(p.scale)};
+  }
+  // Whether that can be done, and is all that there is to do.
+  bool bias_is_ready(Block at) const {
+    constexpr int w = Vec<A>::kWidth;
+    constexpr DType own = std::is_same_v<A, double> ? DType::kFloat64 : DType::kFloat32;
+    const int64_t read = at.j + (at.keys + w - 1) / w * w;  // whole vectors
+    return only_bias() && p.bias.stride[3] == 1 && p.bias_dtype == own && read <= p.shape.k_len;
+  }
+  bool only_bias() const { return p.bias && p.softcap == 0 && !p.alibi_slopes; }
+
+  // A bias of -inf hides also what is NaN or infinite.
+  static FASTATTN_INLINE Vec<A> with_bias(Vec<A> score, Vec<A> scale, Vec<A> bias) {
+    const Vec<A> hidden = set1(-std::numeric_limits<A>::infinity());
+    return select(equal(bias, hidden), hidden, fma(score, scale, bias));
   }
 
   // row[0..n): q_i . k_(j + c) -> logits, in natural units. n is padded to whole vectors; `scratch`
   // holds n values. With `slope_out`, d logit / d score goes there (1 without a softcap, times
   // scale).
   template <bool kWithSlope>
-  void apply(A* row, A* scratch, A* slope_out, int64_t i, int64_t j, int n) const {
+  FASTATTN_NOINLINE void apply(A* row, A* scratch, A* slope_out, int64_t i, int64_t j,
+                               int n) const {
     using V = Vec<A>;
     constexpr int w = V::kWidth;
     const V scale = set1(A(p.scale)), one = set1(A(1));
     const bool capped = p.softcap != 0;
     const V cap = set1(A(p.softcap)), inv_cap = set1(capped ? A(1 / p.softcap) : A(0));
-    // A bias of -inf hides also what is NaN or infinite.
-    const V hidden = set1(-std::numeric_limits<A>::infinity());
-    const auto hide = [&](V t, V x) { return select(equal(x, hidden), hidden, t + x); };
     const A* bias = p.bias ? bias_row(scratch, i, j, n) : nullptr;
-    if (bias && !capped && !p.alibi_slopes) {  // by far the commonest
-      for (int c = 0; c < n; c += w) store(row + c, hide(load(row + c) * scale, load(bias + c)));
+    if (only_bias()) {  // by far the commonest
+      for (int c = 0; c < n; c += w)
+        store(row + c, with_bias(load(row + c), scale, load(bias + c)));
       if constexpr (kWithSlope) std::fill_n(slope_out, n, A(p.scale));
       return;
     }
@@ -77,7 +131,7 @@ struct ScoreMod {
         t = fma(minus_slope, vabs(distance), t);
         distance = distance + set1(A(w));
       }
-      if (bias) t = hide(t, load(bias + c));
+      if (bias) t = with_bias(t, one, load(bias + c));
       store(row + c, t);
       if constexpr (kWithSlope) store(slope_out + c, derivative);
     }
@@ -128,8 +182,8 @@ constexpr int words_for(int n) { return n + 8 + 4 * kGroupsAtOnce; }
 // row[0..n) *= keep / (1 - p), element (b, h, i, j + c): see csrc/common/philox.h. j need not be a
 // multiple of four; scratch holds words_for(n) words.
 template <typename A>
-inline void drop_row(A* row, uint32_t* scratch, const Dropout& d, int64_t b, int64_t h, int64_t i,
-                     int64_t j, int n) {
+FASTATTN_NOINLINE void drop_row(A* row, uint32_t* scratch, const Dropout& d, int64_t b, int64_t h,
+                                int64_t i, int64_t j, int n) {
   const int64_t first = j >> 2, last = (j + n + 3) >> 2;
   random_words(scratch, d.seed, uint32_t(first), last - first, uint32_t(i), uint32_t(h),
                uint32_t(b));

@@ -137,14 +137,14 @@ class BackwardTile {
     if (spoils_)
       tile_matmul_sparse(left, right, c, cols, rows, cols, elems);
     else
-      tile_matmul<Into::kAdd>(left, right, c, cols, rows, cols, elems);
+      tile_matmul(left, right, c, cols, rows, cols, elems, Add{});
   }
 
   // c (rows, n_) = a . b
   void product(Left<Compute> a, Panels<Compute> b, A* c, int rows, int elems) const {
     if constexpr (kDepth == 1)
       if (few_) return tile_product_by_lanes(a, b, c, kKeys, rows, n_, elems);
-    tile_matmul<Into::kStore>(a, b, c, kKeys, rows, n_, elems);
+    tile_matmul(a, b, c, kKeys, rows, n_, elems, Store{});
   }
 
   // scores_ = q . k^T

@@ -14,10 +14,13 @@ constexpr double kLog2E = 1.44269504088896340736, kLn2 = 0.69314718055994530942;
 
 // 2^x, to 1e-7 in float; below the smallest normal 0 or a subnormal, inf above the largest, NaN for
 // NaN. exp2_below is for x < 128, or NaN: a little faster.
-FASTATTN_INLINE Vec<double> exp2(Vec<double> x) {
-  for (int i = 0; i < Vec<double>::kWidth; ++i) x.lane[i] = std::exp2(x.lane[i]);
-  return x;
+FASTATTN_NOINLINE inline Vec<double> each_lane(Vec<double> x, double (*function)(double)) {
+  double lanes[Vec<double>::kWidth];
+  store(lanes, x);
+  for (double& lane : lanes) lane = function(lane);
+  return load(lanes);
 }
+FASTATTN_INLINE Vec<double> exp2(Vec<double> x) { return each_lane(x, std::exp2); }
 FASTATTN_INLINE Vec<double> exp2_below(Vec<double> x) { return exp2(x); }
 
 // How the float versions work: x = n + f with n whole; 2^f by a polynomial whose exponent bits then
@@ -231,22 +234,14 @@ class ScaledExp<double, true> {
   explicit ScaledExp(double scale) : scale_(scale) {}
   template <int kCount>
   void operator()(Vec<double> (&x)[kCount]) const {
-    for (Vec<double>& v : x) {
-      double lanes[Vec<double>::kWidth];
-      store(lanes, v * set1(scale_));
-      for (double& lane : lanes) lane = std::exp(lane);
-      v = load(lanes);
-    }
+    for (Vec<double>& v : x) v = each_lane(v * set1(scale_), std::exp);
   }
 
  private:
   double scale_;
 };
 
-FASTATTN_INLINE Vec<double> vtanh(Vec<double> x) {
-  for (int i = 0; i < Vec<double>::kWidth; ++i) x.lane[i] = std::tanh(x.lane[i]);
-  return x;
-}
+FASTATTN_INLINE Vec<double> vtanh(Vec<double> x) { return each_lane(x, std::tanh); }
 // tanh to 2e-7 relative: an odd polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel.
 FASTATTN_INLINE Vec<float> vtanh(Vec<float> x) {
   const Vec<float> a = vabs(x), z = x * x;

@@ -46,17 +46,21 @@ double rate(int threads) {
 
 }  // namespace
 
+#if defined(FASTATTN_FLOAT64)
+double multiply_add_rate_float64(int threads) { return rate<ComputeOf<double>::type>(threads); }
+#else
 const char* const isa = FASTATTN_ISA;
 
 double multiply_add_rate(DType dtype, int threads) {
   switch (dtype) {
     case DType::kFloat64:
-      return rate<ComputeOf<double>::type>(threads);
+      return multiply_add_rate_float64(threads);
     case DType::kBFloat16:
       return rate<ComputeOf<bf16>::type>(threads);
     default:  // float16 is widened
       return rate<ComputeOf<float>::type>(threads);
   }
 }
+#endif
 
 }  // namespace fastattn

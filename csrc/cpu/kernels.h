@@ -25,4 +25,13 @@ void softmax_backward(const SoftmaxGrads& grads);
 // Operations a second of bare multiply-adds on operands of a dtype: what no kernel can exceed.
 double multiply_add_rate(DType dtype, int threads);
 
+// The same for float64 (float64.cpp).
+void attention_forward_float64(const AttentionParams& params);
+void attention_backward_float64(const AttentionParams& params, const AttentionGrads& grads);
+void layer_norm_forward_float64(const LayerNormParams& params);
+void layer_norm_backward_float64(const LayerNormParams& params, const LayerNormGrads& grads);
+void softmax_forward_float64(const SoftmaxParams& params);
+void softmax_backward_float64(const SoftmaxGrads& grads);
+double multiply_add_rate_float64(int threads);
+
 }  // namespace fastattn

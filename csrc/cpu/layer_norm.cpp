@@ -542,12 +542,21 @@ void backward(const LayerNormParams& p, const LayerNormGrads& grads) {
 
 }  // namespace
 
+#if defined(FASTATTN_FLOAT64)
+void layer_norm_forward_float64(const LayerNormParams& params) { forward<double>(params); }
+void layer_norm_backward_float64(const LayerNormParams& params, const LayerNormGrads& grads) {
+  backward<double>(params, grads);
+}
+#else
 void layer_norm_forward(const LayerNormParams& params) {
+  if (params.dtype == DType::kFloat64) return layer_norm_forward_float64(params);
   with_type(params.dtype, [&](auto type) { forward<decltype(type)>(params); });
 }
 
 void layer_norm_backward(const LayerNormParams& params, const LayerNormGrads& grads) {
+  if (params.dtype == DType::kFloat64) return layer_norm_backward_float64(params, grads);
   with_type(params.dtype, [&](auto type) { backward<decltype(type)>(params, grads); });
 }
+#endif
 
 }  // namespace fastattn

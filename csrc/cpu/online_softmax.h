@@ -9,14 +9,26 @@
 namespace fastattn {
 namespace {
 
+struct Maximum {
+  template <typename V>
+  FASTATTN_INLINE V operator()(V a, V b) const {
+    return vmax(a, b);
+  }
+};
+struct Sum {
+  template <typename V>
+  FASTATTN_INLINE V operator()(V a, V b) const {
+    return a + b;
+  }
+};
 // The w vectors at rows[0], rows[w], ... as one vector: lane r is the reduction of vector r.
-template <typename A, typename Reduce>
-FASTATTN_INLINE Vec<A> reduce_rows(const A* rows, const Reduce& reduce) {
+template <class Reduce, typename A>
+FASTATTN_NOINLINE Vec<A> reduce_rows(const A* rows) {
   constexpr int w = Vec<A>::kWidth;
   Vec<A> x[w];
   for (int r = 0; r < w; ++r) x[r] = load(rows + r * w);
   transpose(x);
-  reduce_as_tree<w>(x, reduce);
+  reduce_as_tree<w>(x, Reduce{});
   return x[0];
 }
 
@@ -77,16 +89,19 @@ class OnlineSoftmax {
   }
 
   // Turns scores (rows, score_row) of rows [r0, r0 + rows) of the tile with keys [j, j + n) into
-  // p = exp(logit - max), unnormalised, with dropout, as type P at probs, which may be the scores;
+  // p = exp(logit - max), unnormalised, with dropout, as type P at probs, for P = A the scores;
   // zeros from n to `width`, a multiple of the vector. query(r) describes row r of the block. With
   // `mark`, what is seen never comes out as exactly 0 unless dropped: see tile_matmul_sparse.
+  // `are_logits`: the bias is in the scores already.
   template <typename P, typename QueryOf>
   FASTATTN_NOINLINE void block(A* scores, P* probs, int score_row, int r0, int rows, int64_t j,
-                               int n, int width, bool mark, const QueryOf& query) {
+                               int n, int width, bool mark, const QueryOf& query,
+                               bool are_logits = false) {
     for (int r = 0; r < rows; ++r) {
       A* row = scores + ptrdiff_t(r) * score_row;
       const Query<A> q = query(r);
-      if (modified_) q.mod.template apply<false>(row, bias_, nullptr, q.i, j, (n + w - 1) / w * w);
+      if (modified_ && !are_logits)
+        q.mod.template apply<false>(row, bias_, nullptr, q.i, j, (n + w - 1) / w * w);
       const KeyRange sees = p_.mask.keys_of(q.i, p_.shape.k_len);
       mask_row(row, sees.begin - j, std::min<int64_t>(sees.end - j, n), width);
       if (mark)
@@ -106,8 +121,11 @@ class OnlineSoftmax {
     for (int r = 0; r < rows; ++r) {
       A* row = scores + ptrdiff_t(r) * score_row;
       P* out = probs + ptrdiff_t(r) * score_row;
-      const V total = convert_later ? exponentiate(row, row, width, reference_[r])
-                                    : exponentiate(row, out, width, reference_[r]);
+      V total;
+      if (std::is_same_v<P, A> || !convert_later)
+        total = exponentiate<kAtOnce>(row, out, width, reference_[r]);
+      else
+        total = exponentiate<1>(row, row, width, reference_[r]);
       store(lanes_ + r * w, total);
       if (mark)
         for (int c = 0; c < n; ++c)
@@ -136,7 +154,7 @@ class OnlineSoftmax {
 
  private:
   // out = exp(row - reference); returns the sums of the lanes.
-  template <typename P>
+  template <int kTogether, typename P>
   FASTATTN_INLINE V exponentiate(const A* row, P* out, int width, A reference) const {
     const ScaledExp<A, kExact> exp = exp_;
     const V base = set1(reference);
@@ -155,7 +173,8 @@ class OnlineSoftmax {
         unroll<count>([&](auto i) FASTATTN_INLINE_LAMBDA { store(out + c + i * w, x[i]); });
       c += count * w;
     };
-    while (c + kAtOnce * w <= width) step(std::integral_constant<int, kAtOnce>{});
+    if constexpr (kTogether > 1)
+      while (c + kTogether * w <= width) step(std::integral_constant<int, kTogether>{});
     while (c < width) step(std::integral_constant<int, 1>{});
     return total[0] + total[1];
   }
@@ -165,7 +184,7 @@ class OnlineSoftmax {
     const V hidden = set1(kHidden);
     for (int r = 0; r < rows; r += w) {
       const int live = std::min(w, rows - r);
-      const V block = reduce_rows(lanes_ + r * w, [](V a, V b) { return vmax(a, b); });
+      const V block = reduce_rows<Maximum>(lanes_ + r * w);
       const V before = load_n(max_ + r0 + r, live);
       const V now = vmax(block, before);
       // No change, also from -inf to -inf: a factor of 1.
@@ -180,7 +199,7 @@ class OnlineSoftmax {
   void update_sum(int r0, int rows) {
     for (int r = 0; r < rows; r += w) {
       const int live = std::min(w, rows - r);
-      const V block = reduce_rows(lanes_ + r * w, [](V a, V b) { return a + b; });
+      const V block = reduce_rows<Sum>(lanes_ + r * w);
       const V factor = load_n(factor_ + r0 + r, live), before = load_n(sum_ + r0 + r, live);
       // What rounding takes off is carried along (all of it with fused products).
       const V rescaled = factor * before;

@@ -363,8 +363,6 @@ constexpr DType dtype_of() {
 template <typename F>
 void with_type(DType dtype, const F& f) {
   switch (dtype) {
-    case DType::kFloat64:
-      return f(double{});
     case DType::kBFloat16:
       return f(bf16{});
     case DType::kFloat16:

@@ -567,7 +567,12 @@ void backward(const SoftmaxGrads& p) {
 
 }  // namespace
 
+#if defined(FASTATTN_FLOAT64)
+void softmax_forward_float64(const SoftmaxParams& params) { forward<double, double>(params); }
+void softmax_backward_float64(const SoftmaxGrads& grads) { backward<double, double>(grads); }
+#else
 void softmax_forward(const SoftmaxParams& params) {
+  if (params.x_dtype == DType::kFloat64) return softmax_forward_float64(params);
   with_type(params.x_dtype, [&](auto type) {
     using In = decltype(type);
     if (params.y_dtype == params.x_dtype)
@@ -578,6 +583,7 @@ void softmax_forward(const SoftmaxParams& params) {
 }
 
 void softmax_backward(const SoftmaxGrads& grads) {
+  if (grads.x_dtype == DType::kFloat64) return softmax_backward_float64(grads);
   with_type(grads.x_dtype, [&](auto type) {
     using Dx = decltype(type);
     if (grads.y_dtype == grads.x_dtype)
@@ -586,5 +592,6 @@ void softmax_backward(const SoftmaxGrads& grads) {
       backward<float, Dx>(grads);
   });
 }
+#endif
 
 }  // namespace fastattn

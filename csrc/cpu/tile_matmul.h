@@ -81,18 +81,31 @@ FASTATTN_INLINE constexpr int64_t round_up(int64_t n, int64_t unit) {
   return (n + unit - 1) / unit * unit;
 }
 
-enum class Into {
-  kStore,   // C = A . B
-  kAdd,     // C = C + A . B
-  kRescale  // C = factor[m] * C + A . B
+// What becomes of a sum that belongs at *c, in row m and column n of C.
+struct Store {
+  template <typename A>
+  FASTATTN_INLINE void operator()(A* c, Vec<A> sum, int, int) const {
+    store(c, sum);
+  }
+};
+struct Add {
+  template <typename A>
+  FASTATTN_INLINE void operator()(A* c, Vec<A> sum, int, int) const {
+    store(c, load(c) + sum);
+  }
+};
+template <typename A>
+struct Rescale {
+  const A* factor;  // of each row of C
+  FASTATTN_INLINE void operator()(A* c, Vec<A> sum, int m, int) const {
+    store(c, fma(set1(factor[m]), load(c), sum));
+  }
 };
 
-template <Into kInto, typename A>
-FASTATTN_INLINE void tile_matmul_write(A* c, Vec<A> sum, const A* factor) {
-  if constexpr (kInto == Into::kAdd) sum = load(c) + sum;
-  if constexpr (kInto == Into::kRescale) sum = fma(set1(*factor), load(c), sum);
-  store(c, sum);
-}
+// What a product does beside its own work, once after each run of kSumRun.
+struct NoSideWork {
+  void operator()() const {}
+};
 
 // A left operand: element (m, k) at data[m * row + k * depth].
 template <class Compute>
@@ -112,10 +125,10 @@ struct Panels {
 // kRows rows of C, kVectors (2 or 1) vectors wide. Sums are scalar variables: gcc keeps small
 // arrays in loops on the stack, and takes minutes over lambdas that unroll them where a sanitizer
 // is at work.
-template <class Compute, int kVectors, int kRows, Into kInto>
+template <class Compute, int kVectors, int kRows, class Into, class Side>
 FASTATTN_INLINE void tile_matmul_step(Left<Compute> a, Panels<Compute> b, typename Compute::Acc* c,
-                                      ptrdiff_t c_row, int k_elems,
-                                      const typename Compute::Acc* factor) {
+                                      ptrdiff_t c_row, int k_elems, int m, int n, const Into& into,
+                                      Side& side) {
   using A = typename Compute::Acc;
   using V = Vec<A>;
   constexpr int w = V::kWidth;
@@ -128,20 +141,19 @@ FASTATTN_INLINE void tile_matmul_step(Left<Compute> a, Panels<Compute> b, typena
     sum##r##0 = Compute::step(x, b0, sum##r##0);                             \
     if constexpr (kVectors > 1) sum##r##1 = Compute::step(x, b1, sum##r##1); \
   }
-#define FASTATTN_WRITE(r, into, value)                                     \
-  if constexpr (kRows > r) {                                               \
-    tile_matmul_write<into>(c + r * c_row, value##r##0, factor + r);       \
-    if constexpr (kVectors > 1)                                            \
-      tile_matmul_write<into>(c + r * c_row + w, value##r##1, factor + r); \
+#define FASTATTN_WRITE(r, into, value)                                              \
+  if constexpr (kRows > r) {                                                        \
+    into(c + r * c_row, value##r##0, m + r, n);                                     \
+    if constexpr (kVectors > 1) into(c + r * c_row + w, value##r##1, m + r, n + w); \
   }
 #define FASTATTN_ADD(r)                                                \
   if constexpr (kRows > r) {                                           \
     total##r##0 = total##r##0 + sum##r##0;                             \
     if constexpr (kVectors > 1) total##r##1 = total##r##1 + sum##r##1; \
   }
-#define FASTATTN_WRITE_TOTAL(r) FASTATTN_WRITE(r, kInto, total)
-#define FASTATTN_WRITE_FIRST(r) FASTATTN_WRITE(r, kInto, sum)
-#define FASTATTN_WRITE_MORE(r) FASTATTN_WRITE(r, Into::kAdd, sum)
+#define FASTATTN_WRITE_TOTAL(r) FASTATTN_WRITE(r, into, total)
+#define FASTATTN_WRITE_FIRST(r) FASTATTN_WRITE(r, into, sum)
+#define FASTATTN_WRITE_MORE(r) FASTATTN_WRITE(r, Add{}, sum)
   FASTATTN_ROWS(FASTATTN_TOTALS)
   int done = 0;
   do {
@@ -161,6 +173,7 @@ FASTATTN_INLINE void tile_matmul_step(Left<Compute> a, Panels<Compute> b, typena
     } else {
       FASTATTN_ROWS(FASTATTN_WRITE_MORE)
     }
+    side();
     done += run;
   } while (done < k_elems);
   if constexpr (kTotalsInRegisters) {
@@ -177,42 +190,48 @@ FASTATTN_INLINE void tile_matmul_step(Left<Compute> a, Panels<Compute> b, typena
 #undef FASTATTN_WRITE_MORE
 }
 
-template <class Compute, int kVectors, int kRows, Into kInto>
+// The last rows, fewer than 2 kRows: by tiles of kRows, kRows / 2, ... 1.
+template <class Compute, int kVectors, int kRows, class Into, class Side>
 FASTATTN_INLINE void tile_matmul_rest(int rows, Left<Compute> a, Panels<Compute> b,
-                                      typename Compute::Acc* c, ptrdiff_t c_row, int k_elems,
-                                      const typename Compute::Acc* factor) {
+                                      typename Compute::Acc* c, ptrdiff_t c_row, int k_elems, int m,
+                                      int n, const Into& into, Side& side) {
   if constexpr (kRows > 0) {
-    if (rows == kRows)
-      tile_matmul_step<Compute, kVectors, kRows, kInto>(a, b, c, c_row, k_elems, factor);
-    else
-      tile_matmul_rest<Compute, kVectors, kRows - 1, kInto>(rows, a, b, c, c_row, k_elems, factor);
+    if (rows >= kRows) {
+      tile_matmul_step<Compute, kVectors, kRows>(a, b, c, c_row, k_elems, m, n, into, side);
+      a.data += kRows * a.row;
+      c += kRows * c_row;
+      m += kRows;
+      rows -= kRows;
+    }
+    tile_matmul_rest<Compute, kVectors, kRows / 2>(rows, a, b, c, c_row, k_elems, m, n, into, side);
   }
 }
 
-template <class Compute, int kVectors, Into kInto>
+template <class Compute, int kVectors, class Into, class Side>
 FASTATTN_INLINE void tile_matmul_panel(Left<Compute> a, Panels<Compute> b, typename Compute::Acc* c,
-                                       ptrdiff_t c_row, int rows, int k_elems,
-                                       const typename Compute::Acc* factor) {
-  for (; rows >= kTileRows; rows -= kTileRows) {
-    tile_matmul_step<Compute, kVectors, kTileRows, kInto>(a, b, c, c_row, k_elems, factor);
+                                       ptrdiff_t c_row, int rows, int k_elems, int n,
+                                       const Into& into, Side& side) {
+  int m = 0;
+  for (; m + kTileRows <= rows; m += kTileRows) {
+    tile_matmul_step<Compute, kVectors, kTileRows>(a, b, c, c_row, k_elems, m, n, into, side);
     a.data += kTileRows * a.row;
     c += kTileRows * c_row;
-    factor += kTileRows;
   }
-  tile_matmul_rest<Compute, kVectors, kTileRows - 1, kInto>(rows, a, b, c, c_row, k_elems, factor);
+  constexpr int half = kTileRows > 4 ? 4 : 2;
+  tile_matmul_rest<Compute, kVectors, half>(rows - m, a, b, c, c_row, k_elems, m, n, into, side);
 }
 
-// C has `rows` rows and `cols` columns, which are filled up to a whole vector; factor is read for
-// Into::kRescale only.
-template <Into kInto, class Compute>
+// C has `rows` rows and `cols` columns, which are filled up to a whole vector.
+template <class Compute, class Into, class Side = NoSideWork>
 FASTATTN_NOINLINE void tile_matmul(Left<Compute> a, Panels<Compute> b, typename Compute::Acc* c,
                                    ptrdiff_t c_row, int rows, int cols, int k_elems,
-                                   const typename Compute::Acc* factor = nullptr) {
+                                   const Into& into, Side&& side = {}) {
   constexpr int width = kPanel<typename Compute::Acc>, narrow = width - width / kPanelVectors;
-  for (; cols > narrow; cols -= width, b.data += b.stride, c += width)
-    tile_matmul_panel<Compute, kPanelVectors, kInto>(a, b, c, c_row, rows, k_elems, factor);
+  int n = 0;
+  for (; n + narrow < cols; n += width, b.data += b.stride)
+    tile_matmul_panel<Compute, kPanelVectors>(a, b, c + n, c_row, rows, k_elems, n, into, side);
   if constexpr (kPanelVectors > 1)
-    if (cols > 0) tile_matmul_panel<Compute, 1, kInto>(a, b, c, c_row, rows, k_elems, factor);
+    if (n < cols) tile_matmul_panel<Compute, 1>(a, b, c + n, c_row, rows, k_elems, n, into, side);
 }
 
 // One of the values of an element.

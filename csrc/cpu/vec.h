@@ -266,15 +266,6 @@ FASTATTN_INLINE A hmax_any(Vec<A> a) {  // unspecified if any lane is NaN
   for (int i = 0; i < Vec<A>::kWidth; ++i) r = r > a.lane[i] ? r : a.lane[i];
   return r;
 }
-template <typename A>
-FASTATTN_INLINE void transpose(Vec<A> (&r)[Vec<A>::kWidth]) {
-  for (int i = 0; i < Vec<A>::kWidth; ++i)
-    for (int j = 0; j < i; ++j) {
-      const A x = r[i].lane[j];
-      r[i].lane[j] = r[j].lane[i];
-      r[j].lane[i] = x;
-    }
-}
 template <typename T, typename A>
 FASTATTN_INLINE void stream(T* p, Vec<A> x) {
   store(p, x);
@@ -336,6 +327,17 @@ FASTATTN_INLINE void stream_fence() {
 }
 
 // ---- built on the interface above -------------------------------------------------------------
+
+// Where the instruction set has nothing better.
+template <typename A>
+FASTATTN_NOINLINE void transpose(Vec<A> (&r)[Vec<A>::kWidth]) {
+  constexpr int w = Vec<A>::kWidth;
+  A rows[w * w];
+  for (int i = 0; i < w; ++i) store(rows + i * w, r[i]);
+  for (int i = 0; i < w; ++i)
+    for (int j = 0; j < i; ++j) std::swap(rows[i * w + j], rows[j * w + i]);
+  for (int i = 0; i < w; ++i) r[i] = load(rows + i * w);
+}
 
 // a + b, and what rounding takes off it (Knuth's two-sum).
 template <typename A>

@@ -146,5 +146,62 @@ FASTATTN_INLINE VecF add_exponent(VecF x, VecF rounded) {
   return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x.v), shift))};
 }
 
+template <>
+struct Vec<double> {
+  static constexpr int kWidth = 4;
+  __m256d v;
+};
+template <>
+struct VecMask<double> {
+  __m256d v;
+};
+using VecD = Vec<double>;
+
+template <>
+FASTATTN_INLINE VecD set1<double>(double x) {
+  return {_mm256_set1_pd(x)};
+}
+template <>
+FASTATTN_INLINE VecD iota<double>() {
+  return {_mm256_setr_pd(0, 1, 2, 3)};
+}
+FASTATTN_INLINE __m256i first_doubles(int n) {
+  return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+FASTATTN_INLINE VecD load(const double* p) { return {_mm256_loadu_pd(p)}; }
+FASTATTN_INLINE VecD load_n(const double* p, int n) {
+  return {_mm256_maskload_pd(p, first_doubles(n))};
+}
+FASTATTN_INLINE void store(double* p, VecD x) { _mm256_storeu_pd(p, x.v); }
+FASTATTN_INLINE void store_n(double* p, VecD x, int n) {
+  _mm256_maskstore_pd(p, first_doubles(n), x.v);
+}
+FASTATTN_INLINE void stream(double* p, VecD x) { _mm256_stream_pd(p, x.v); }
+FASTATTN_INLINE VecD operator+(VecD a, VecD b) { return {_mm256_add_pd(a.v, b.v)}; }
+FASTATTN_INLINE VecD operator-(VecD a, VecD b) { return {_mm256_sub_pd(a.v, b.v)}; }
+FASTATTN_INLINE VecD operator*(VecD a, VecD b) { return {_mm256_mul_pd(a.v, b.v)}; }
+FASTATTN_INLINE VecD operator/(VecD a, VecD b) { return {_mm256_div_pd(a.v, b.v)}; }
+FASTATTN_INLINE VecD vmax(VecD a, VecD b) { return {_mm256_max_pd(a.v, b.v)}; }
+FASTATTN_INLINE VecD vmin(VecD a, VecD b) { return {_mm256_min_pd(a.v, b.v)}; }
+FASTATTN_INLINE VecD fma(VecD a, VecD b, VecD c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
+FASTATTN_INLINE VecMask<double> less(VecD a, VecD b) {
+  return {_mm256_cmp_pd(a.v, b.v, _CMP_LT_OQ)};
+}
+FASTATTN_INLINE VecMask<double> equal(VecD a, VecD b) {
+  return {_mm256_cmp_pd(a.v, b.v, _CMP_EQ_OQ)};
+}
+FASTATTN_INLINE VecD select(VecMask<double> m, VecD yes, VecD no) {
+  return {_mm256_blendv_pd(no.v, yes.v, m.v)};
+}
+FASTATTN_INLINE VecD vabs(VecD a) { return {_mm256_andnot_pd(_mm256_set1_pd(-0.0), a.v)}; }
+FASTATTN_INLINE double hsum(VecD a) {
+  const __m128d r = _mm_add_pd(_mm256_castpd256_pd128(a.v), _mm256_extractf128_pd(a.v, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(r, _mm_unpackhi_pd(r, r)));
+}
+FASTATTN_INLINE double hmax_any(VecD a) {
+  const __m128d r = _mm_max_pd(_mm256_castpd256_pd128(a.v), _mm256_extractf128_pd(a.v, 1));
+  return _mm_cvtsd_f64(_mm_max_sd(r, _mm_unpackhi_pd(r, r)));
+}
+
 }  // namespace
 }  // namespace fastattn
