@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -241,6 +242,26 @@ def test_steps_by_hand_and_gradients_from_a_cache():
     for mine, theirs in zip(results[:3], results[3:], strict=True):
         for a, b in zip(mine, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_compiled_model_and_a_cache_that_was_appended_to():
+    """In one graph, by transformers' own code, without a warning of the compiler's; eager steps go
+    on from there."""
+    tokens = torch.arange(12)[None]
+    results = []
+    for patched in (True, False):
+        torch._dynamo.reset()
+        model, cache = build(GPT2, patched), DynamicCache(config=GPT2)
+        compiled = torch.compile(model.forward, backend="eager", fullgraph=True)
+        results.append([])
+        for run, token in [(model, 0), (model, 3), (compiled, 5), (compiled, 6), (model, 7)]:
+            seen = tokens if token == 0 else tokens[:, token : token + 1]
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", message="Dynamo detected a call")
+                results[-1].append(run(seen, past_key_values=cache).logits)
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_left_alone():

@@ -69,8 +69,14 @@ def attention_mask(*args: Any, config: Any = None, **keywords: Any) -> Tensor | 
     return (sdpa_mask if made else eager_mask)(*args, config=config, **keywords)
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def _made_for_such_masks(config: type, encoder_decoder: bool) -> bool:
+    """``_look_for_models``, which the compiler is not to trace."""
+    return _look_for_models(config, encoder_decoder)
+
+
+@functools.cache
+def _look_for_models(config: type, encoder_decoder: bool) -> bool:
     """Whether the models of this configuration can do with a mask that is boolean or None.
 
     Those have to that transformers lets use sdpa, or a causal one flash attention; others may have
@@ -87,8 +93,14 @@ def _made_for_such_masks(config: type, encoder_decoder: bool) -> bool:
     return all(m._supports_sdpa or (m._supports_flash_attn and not encoder_decoder) for m in models)
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def unknown_arguments(attention: type) -> tuple[str, ...]:
+    """``_read_arguments``, which the compiler is not to trace."""
+    return _read_arguments(attention)
+
+
+@functools.cache
+def _read_arguments(attention: type) -> tuple[str, ...]:
     """What a module of transformers may pass to its eager attention, and not to the one here."""
     eager = getattr(sys.modules.get(attention.__module__), "eager_attention_forward", None)
     if eager is None:
