@@ -84,6 +84,8 @@ def _append(layer: Any, name: str, new: Tensor) -> Tensor:
 
 def _append_both(layer: Any, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor] | None:
     """All keys and values of a layer, or None where transformers is to join them."""
+    if torch.compiler.is_compiling():  # which cannot trace what follows
+        return None
     if _plain_inference() and _appends(layer.keys, keys) and _appends(layer.values, values):
         return _append(layer, "keys", keys), _append(layer, "values", values)
     layer.__dict__.pop("_buffers", None)
