@@ -130,12 +130,7 @@ def unpatch(model: nn.Module) -> Report:
             module.config._attn_implementation = implementation
             where = f"{name}.config".lstrip(".")
             report.replaced[where] = f'attn_implementation="{implementation}"'
-    for name, top in _transformers_models(model):
-        from .integrations import kv_cache
-
-        if kv_cache.installed(top):
-            kv_cache.remove(top)
-            report.replaced[f"{name}.cache".lstrip(".")] = "transformers' own"
+    _leave_caches(model, report)
     return report
 
 
@@ -327,6 +322,17 @@ def _append_to_caches(name: str, top: Any, report: Report) -> None:
     if top.can_generate() and not kv_cache.installed(top):
         kv_cache.install(top)
         report.replaced[f"{name}.cache".lstrip(".")] = "DynamicCache, appended to in place"
+
+
+def _leave_caches(model: nn.Module, report: Report) -> None:
+    """Takes that back, of a model inside another that was patched by itself too."""
+    if "transformers.modeling_utils" not in sys.modules:
+        return
+    from .integrations import kv_cache
+
+    for name, module in model.named_modules():
+        if kv_cache.remove(module):
+            report.replaced[f"{name}.cache".lstrip(".")] = "transformers' own"
 
 
 def _attend_by_fastattn(name: str, top: Any, report: Report) -> bool:

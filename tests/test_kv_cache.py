@@ -291,5 +291,18 @@ def test_the_hook_comes_and_goes():
         assert len(copied._forward_pre_hooks) == 1
         assert not copied._forward_pre_hooks_with_kwargs
     assert kept.id in model._forward_pre_hooks
+    fastattn.patch(model)  # by itself, then inside another: gone from there too
+    outer = transformers.VisionEncoderDecoderModel(
+        encoder=transformers.ViTModel(
+            transformers.ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+        ),
+        decoder=transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(**(GPT2.to_dict() | {"add_cross_attention": True}))
+        ),
+    )
+    fastattn.patch(outer.decoder)
+    assert fastattn.unpatch(outer).replaced["decoder.cache"] == "transformers' own"
+    assert not outer.decoder._forward_pre_hooks
+    fastattn.unpatch(model)
     vit = transformers.ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     assert "cache" not in fastattn.patch(transformers.ViTModel(vit)).replaced

@@ -157,13 +157,15 @@ def install(model: nn.Module) -> None:
     model.register_forward_pre_hook(before_forward, with_kwargs=True)
 
 
-def remove(model: nn.Module) -> None:
-    """Takes that back, also from a copy or a pickle of the model."""
-    for key in installed(model):
-        del model._forward_pre_hooks[key]
-        model._forward_pre_hooks_with_kwargs.pop(key, None)
-
-
 def installed(model: nn.Module) -> list[int]:
     """The hook's keys among the model's."""
     return [key for key, hook in model._forward_pre_hooks.items() if hook is before_forward]
+
+
+def remove(model: nn.Module) -> bool:
+    """Takes that back, also from a copy or a pickle of the model; whether there was anything."""
+    keys = installed(model)
+    for key in keys:
+        del model._forward_pre_hooks[key]
+        model._forward_pre_hooks_with_kwargs.pop(key, None)
+    return bool(keys)
