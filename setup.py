@@ -39,16 +39,16 @@ X86_ISAS = {
     "avx512": (AVX512, ["/arch:AVX512", *MSVC_FMA]),
     "avx512bf16": ([*AVX512, "-mavx512bf16"], ["/arch:AVX512", *MSVC_FMA, "/D__AVX512BF16__"]),
 }
-# Whose kernels in float64 an instruction set has, if not its own.
-FLOAT64_OF = {"avx512": "avx2", "avx512bf16": "avx2"}
-ISAS = X86_ISAS if X86 else {"neon": ([], [])} if ARM else {"baseline": ([], [])}
-if wanted := os.environ.get("FASTATTN_BUILD_ISAS"):  # for example "avx2": a quick build to try
-    ISAS = {isa: ISAS[isa] for isa in wanted.split(",")}
+FLAGS = X86_ISAS if X86 else {"neon": ([], [])} if ARM else {"baseline": ([], [])}
+wanted = os.environ.get("FASTATTN_BUILD_ISAS")  # for example "avx2": a quick build to try
+ISAS = wanted.split(",") if wanted else list(FLAGS)
 
 # Compiled once for any processor, and linked into every module: the binding.
 BINDING = "csrc/cpu/module.cpp"
-# Compiled once per instruction set, with its flags.
+# In float64: a third of what there is to compile, so that some instruction sets share it.
 FLOAT64 = "csrc/cpu/float64.cpp"
+FLOAT64_OF = {"avx512": "avx2", "avx512bf16": "avx2"}
+# Compiled once per instruction set, with its flags.
 KERNELS = sorted({p.as_posix() for p in Path("csrc/cpu").glob("*.cpp")} - {BINDING, FLOAT64})
 
 # The CUDA module: code for sm_80 and what can run it, for sm_90, and PTX for what comes later.
@@ -212,11 +212,10 @@ class BuildExtensions(build_ext):
         return built
 
     def kernel_commands(self, isa: str) -> list[Command]:
-        float64 = FLOAT64_OF.get(isa, isa)
-        flags = {**X86_ISAS, **ISAS}
-        return self.commands(KERNELS, isa, flags[isa][MSVC]) + self.commands(
-            [FLOAT64], float64, flags[float64][MSVC]
-        )
+        """All that a module links beside the binding."""
+        own = self.commands(KERNELS, isa, FLAGS[isa][MSVC])
+        shared = FLOAT64_OF.get(isa, isa)
+        return own + self.commands([FLOAT64], shared, FLAGS[shared][MSVC])
 
     def cuda_commands(self, toolkit: Toolkit) -> list[Command]:
         """The binding by the host's compiler, the kernels by nvcc, attention's once a head dim."""
@@ -248,7 +247,7 @@ class BuildExtensions(build_ext):
 
     def compile_all(self, commands: list[Command]) -> None:
         """Goes on after a failure: whoever links sees which objects there are."""
-        commands = list({obj: command for command in commands for obj in [command[1]]}.values())
+        commands = list({command[1]: command for command in commands}.values())  # each object once
         run = getattr(self.compiler, "call", None) or self.compiler.spawn
         at_once = self.parallel or jobs()
         folders = [sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)]

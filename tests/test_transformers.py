@@ -329,7 +329,7 @@ def test_what_only_eager_attention_knows(monkeypatch):
     attention = model.model.layers[0].self_attn
     code = sys.modules[type(attention).__module__]
     monkeypatch.setattr(code, "eager_attention_forward", eager_attention_forward)
-    integration._read_arguments.cache_clear()
+    integration.unknown_arguments.cache_clear()
     try:
         report = fastattn.patch(model)
         assert "its attention takes sinks" in report.left["config"]
@@ -339,7 +339,7 @@ def test_what_only_eager_attention_knows(monkeypatch):
             integration.attention_forward(attention, x, x, x, None, sinks=torch.zeros(4))
         integration.attention_forward(attention, x, x, x, None, sinks=None)
     finally:
-        integration._read_arguments.cache_clear()
+        integration.unknown_arguments.cache_clear()
 
 
 def test_a_model_inside_another():

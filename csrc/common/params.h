@@ -14,6 +14,11 @@ FASTATTN_HD int64_t size_of(DType dtype) {
          : dtype == DType::kBool    ? 1
                                     : 2;
 }
+// Of float or double.
+template <typename A>
+constexpr DType dtype_of() {
+  return sizeof(A) == 8 ? DType::kFloat64 : DType::kFloat32;
+}
 
 // A strided view of a tensor of at most four dimensions; strides count elements.
 struct View {

@@ -118,14 +118,14 @@ class DecodeTile {
   // each in a vector, and are summed across all at once.
   template <int kCount, typename U>
   FASTATTN_INLINE void score_rows(Source<U> k, int n, int r, int j, int64_t ahead) {
-    constexpr int kWide = w / kCount, kNumbers = Compute::kDepth;
+    constexpr int kWide = w / kCount;
     const U* key[kWide];
     for (int c = 0; c < kWide; ++c) key[c] = k.at(std::min(j + c, n - 1), 0);
     const Elem* q = q_ + ptrdiff_t(r) * d_elems_;
     V sum[w];
     unroll<w>([&](auto x) { sum[x] = zero<A>(); });
     const auto step = [&](auto c, int d) FASTATTN_INLINE_LAMBDA {
-      const U* p = key[c] + d * kNumbers;
+      const U* p = key[c] + d * Compute::kDepth;
       if constexpr (kFetches<kCount>) prefetch(p + ahead);
       const auto y = load_key(p);
       unroll<kCount>([&](auto row) {

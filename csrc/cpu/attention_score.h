@@ -87,9 +87,9 @@ struct ScoreMod {
   // Whether that can be done, and is all that there is to do.
   bool bias_is_ready(Block at) const {
     constexpr int w = Vec<A>::kWidth;
-    constexpr DType own = std::is_same_v<A, double> ? DType::kFloat64 : DType::kFloat32;
     const int64_t read = at.j + (at.keys + w - 1) / w * w;  // whole vectors
-    return only_bias() && p.bias.stride[3] == 1 && p.bias_dtype == own && read <= p.shape.k_len;
+    return only_bias() && p.bias.stride[3] == 1 && p.bias_dtype == dtype_of<A>() &&
+           read <= p.shape.k_len;
   }
   bool only_bias() const { return p.bias && p.softcap == 0 && !p.alibi_slopes; }
 

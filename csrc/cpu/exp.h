@@ -12,14 +12,16 @@ namespace {
 
 constexpr double kLog2E = 1.44269504088896340736, kLn2 = 0.69314718055994530942;
 
-// 2^x, to 1e-7 in float; below the smallest normal 0 or a subnormal, inf above the largest, NaN for
-// NaN. exp2_below is for x < 128, or NaN: a little faster.
+// In double the functions of libm do, lane by lane.
 FASTATTN_NOINLINE inline Vec<double> each_lane(Vec<double> x, double (*function)(double)) {
   double lanes[Vec<double>::kWidth];
   store(lanes, x);
   for (double& lane : lanes) lane = function(lane);
   return load(lanes);
 }
+
+// 2^x, to 1e-7 in float; below the smallest normal 0 or a subnormal, inf above the largest, NaN for
+// NaN. exp2_below is for x < 128, or NaN: a little faster.
 FASTATTN_INLINE Vec<double> exp2(Vec<double> x) { return each_lane(x, std::exp2); }
 FASTATTN_INLINE Vec<double> exp2_below(Vec<double> x) { return exp2(x); }
 

@@ -354,12 +354,7 @@ FASTATTN_NOINLINE void narrow_row(void* out, const A* in, DType dtype, int64_t n
   }
 }
 
-template <typename A>
-constexpr DType dtype_of() {
-  return sizeof(A) == 8 ? DType::kFloat64 : DType::kFloat32;
-}
-
-// Calls f(T{}) with the stored type of a floating dtype.
+// Calls f(T{}) with the stored type of a floating dtype, float64 excepted (float64.cpp).
 template <typename F>
 void with_type(DType dtype, const F& f) {
   switch (dtype) {

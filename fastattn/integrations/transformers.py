@@ -59,6 +59,19 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, attention_mask)
 
 
+def _answered_once(function: Any) -> Any:
+    """functools.cache, of which torch.compile takes the answer instead of tracing what it calls."""
+    cached = functools.cache(function)
+
+    @torch.compiler.assume_constant_result
+    @functools.wraps(function)
+    def answer(*args: Any) -> Any:
+        return cached(*args)
+
+    answer.cache_clear = cached.cache_clear  # type: ignore[attr-defined]
+    return answer
+
+
 def attention_mask(*args: Any, config: Any = None, **keywords: Any) -> Tensor | None:
     """transformers' own mask for sdpa: boolean (B, 1, Sq, Sk), True = attend, or None where the
     module's ``is_causal`` says it all. Models that are not made for it get eager's, additive."""
@@ -69,14 +82,8 @@ def attention_mask(*args: Any, config: Any = None, **keywords: Any) -> Tensor | 
     return (sdpa_mask if made else eager_mask)(*args, config=config, **keywords)
 
 
-@torch.compiler.assume_constant_result
+@_answered_once
 def _made_for_such_masks(config: type, encoder_decoder: bool) -> bool:
-    """``_look_for_models``, which the compiler is not to trace."""
-    return _look_for_models(config, encoder_decoder)
-
-
-@functools.cache
-def _look_for_models(config: type, encoder_decoder: bool) -> bool:
     """Whether the models of this configuration can do with a mask that is boolean or None.
 
     Those have to that transformers lets use sdpa, or a causal one flash attention; others may have
@@ -93,14 +100,8 @@ def _look_for_models(config: type, encoder_decoder: bool) -> bool:
     return all(m._supports_sdpa or (m._supports_flash_attn and not encoder_decoder) for m in models)
 
 
-@torch.compiler.assume_constant_result
+@_answered_once
 def unknown_arguments(attention: type) -> tuple[str, ...]:
-    """``_read_arguments``, which the compiler is not to trace."""
-    return _read_arguments(attention)
-
-
-@functools.cache
-def _read_arguments(attention: type) -> tuple[str, ...]:
     """What a module of transformers may pass to its eager attention, and not to the one here."""
     eager = getattr(sys.modules.get(attention.__module__), "eager_attention_forward", None)
     if eager is None:
